@@ -1,0 +1,42 @@
+# `make demo` and `make test` need nothing but a Python with venv: they make .venv themselves.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable
+# One thread per process: the suite and the training runs are processes side by side.
+ENVIRONMENT := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
+SOURCES := src tests tools conversion examples setup.py
+LINTED = $(wildcard $(SOURCES))
+
+.PHONY: demo test slow lint format readme clean
+
+demo: $(VENV)/.demo
+	$(BIN)/python examples/demo.py
+
+test: lint
+	$(ENVIRONMENT) $(BIN)/python -m pytest -q -n 2 -m "not slow"
+
+slow: $(VENV)/.dev
+	$(ENVIRONMENT) $(BIN)/python -m pytest -q -m slow
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check $(LINTED)
+	$(BIN)/ruff format --check $(LINTED)
+
+format: $(VENV)/.dev
+	$(BIN)/ruff check --fix $(LINTED)
+	$(BIN)/ruff format $(LINTED)
+
+readme: $(VENV)/.dev
+	$(BIN)/python tools/readme.py
+
+clean:
+	rm -rf $(VENV)
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# A stamp per extra: installed again only when what is to be installed has changed.
+$(VENV)/.demo $(VENV)/.dev: $(VENV)/.%: setup.py constraints.txt | $(BIN)/python
+	$(INSTALL) ".[$*]"
+	touch $@

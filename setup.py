@@ -1,0 +1,39 @@
+"""Installation of ov_segmentation: version ranges; the tested versions are pinned in constraints.txt."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+DATA = ["accelerate>=1.10", "datasets>=4.0"]
+EXTRAS = {
+    "train": [*DATA, "pyyaml>=6.0", "scipy>=1.11", "tensorboard>=2.16"],
+    "eval": [*DATA, "evaluate>=0.4.3"],
+    "demo": ["pyyaml>=6.0"],
+}
+EXTRAS["dev"] = sorted({package for extra in EXTRAS.values() for package in extra}) + [
+    "pytest>=8.0",
+    "pytest-xdist>=3.5",
+    "ruff>=0.15",
+]
+
+setup(
+    name="ov_segmentation",
+    version="0.1.0",
+    description="Open-vocabulary semantic segmentation for Hugging Face Transformers",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    package_dir={"": "src"},
+    packages=find_packages("src"),
+    package_data={"ov_segmentation": ["vocabularies/*.json"]},
+    python_requires=">=3.10",
+    install_requires=[
+        "huggingface_hub>=2.0",
+        "numpy>=1.26",
+        "pillow>=10.1",
+        "safetensors>=0.5",
+        "torch>=2.6",
+        "transformers>=5.23,<5.24",
+    ],
+    extras_require=EXTRAS,
+)
