@@ -10,10 +10,12 @@ EXTRAS = {
     "eval": [*DATA, "evaluate>=0.4.3"],
     "demo": ["pyyaml>=6.0"],
 }
-EXTRAS["dev"] = sorted({package for extra in EXTRAS.values() for package in extra}) + [
+EXTRAS["dev"] = [
+    *sorted({package for extra in EXTRAS.values() for package in extra}),
     "pytest>=8.0",
     "pytest-xdist>=3.5",
     "ruff>=0.15",
+    "setuptools>=70.1",
 ]
 
 setup(
