@@ -1,9 +1,12 @@
 """Installation of ov_segmentation: version ranges; the tested versions are pinned in constraints.txt."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
+ROOT = Path(__file__).parent
+VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "src/ov_segmentation/__init__.py").read_text(), re.M).group(1)
 DATA = ["accelerate>=1.10", "datasets>=4.0"]
 EXTRAS = {
     "train": [*DATA, "pyyaml>=6.0", "scipy>=1.11", "tensorboard>=2.16"],
@@ -20,9 +23,9 @@ EXTRAS["dev"] = [
 
 setup(
     name="ov_segmentation",
-    version="0.1.0",
+    version=VERSION,
     description="Open-vocabulary semantic segmentation for Hugging Face Transformers",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     package_dir={"": "src"},
