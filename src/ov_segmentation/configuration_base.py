@@ -1,0 +1,36 @@
+"""What all configurations share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+LEGACY_EOS_TOKEN_ID = 2
+
+
+class OpenVocabularySegmentationConfig(PreTrainedConfig):
+    """Base of all six configurations.
+
+    Args:
+        clip_stem: None, or the configuration (a dict) of the convolutional trunk that takes the place of CLIP's patch
+            embedding. Only for models trained from nothing; Hub weights need None.
+        weights_license: licence of the weights as an SPDX id or a Hub licence name ("mit", "cc-by-nc-4.0"), shown when
+            a checkpoint is loaded. None: not stated.
+        sliding_window: whether the picture is cut into overlapping views by default.
+    """
+
+    clip_stem: dict[str, Any] | None = None
+    weights_license: str | None = None
+    sliding_window: bool = False
+
+
+def repair_legacy_token_ids(text_config: PreTrainedConfig) -> None:
+    """Give a CLIP text config its true start and end ids.
+
+    OpenAI's checkpoints on the Hub carry `eos_token_id=2`, a historical error that transformers works around by taking
+    the highest id; CLIP's vocabulary ends with the start and the end token.
+    """
+    if text_config.eos_token_id == LEGACY_EOS_TOKEN_ID:
+        text_config.eos_token_id = text_config.vocab_size - 1
+        text_config.bos_token_id = text_config.vocab_size - 2

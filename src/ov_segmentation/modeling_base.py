@@ -1,0 +1,335 @@
+"""The base class of all models: text side, encoded pictures, switches, freezing, loading and saving."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import logging
+from transformers.utils.generic import can_return_tuple
+
+from .configuration_base import OpenVocabularySegmentationConfig
+from .layers.clip_stem import CLIPStem, init_clip_stem_weights
+from .modeling_outputs import ImageState, OpenVocabularySegmentationOutput
+from .text_encoding import TextEmbeddingCache, encode_vocabulary
+
+logger = logging.get_logger(__name__)
+
+FROM_CONFIG = "config"
+
+
+class OpenVocabularySegmentationModel(PreTrainedModel):
+    """Base of the six `<X>ForOpenVocabularySegmentation`.
+
+    A method implements `_encode_image` (what does not depend on the class names), `_segment` (the rest, and the loss)
+    and `freeze_pretrained`; it names the inference switches it understands in `switches` (each is a config field of the
+    same name) and, among them, those that shape the picture side in `picture_switches`.
+    """
+
+    config: OpenVocabularySegmentationConfig
+    base_model_prefix = ""
+    main_input_name = "pixel_values"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_attention_backend = True
+    model_tags = ["open-vocabulary-segmentation"]
+
+    keeps_prompts: ClassVar[bool] = False
+    switches: ClassVar[frozenset[str]] = frozenset()
+    picture_switches: ClassVar[frozenset[str]] = frozenset()
+
+    def __init__(self, config: OpenVocabularySegmentationConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        self._text_cache = TextEmbeddingCache()
+
+    # ------------------------------------------------------------------ the parts that a method fills in
+
+    def _encode_image(self, pixel_values: torch.Tensor, *, for_training: bool, **inputs: Any) -> ImageState:
+        """The picture side. `inputs`: the other keys of the image processor and the resolved picture switches.
+        `for_training` asks for what only the loss needs (auxiliary outputs)."""
+        raise NotImplementedError
+
+    def _segment(
+        self, state: ImageState, text_embeds: torch.Tensor, labels: torch.Tensor | None, **options: Any
+    ) -> OpenVocabularySegmentationOutput:
+        """Outputs, and `loss` and `loss_dict` when there are labels. `options`: the resolved switches, `sample_seeds`,
+        `output_hidden_states`, `output_attentions`, `output_maps`. The base fills in `text_embeds` and the sizes."""
+        raise NotImplementedError
+
+    def freeze_pretrained(self) -> None:
+        """Set `requires_grad` of every parameter as the config asks; called after construction and after loading."""
+        raise NotImplementedError
+
+    # ------------------------------------------------------------------ text side
+
+    @property
+    def text_tower(self) -> tuple[nn.Module, nn.Module]:
+        """The text transformer and its projection."""
+        return self.clip.text_model, self.clip.text_projection
+
+    @property
+    def embedding_size(self) -> int:
+        """D, the width of `text_embeds`."""
+        return self.text_tower[1].out_features
+
+    @property
+    def trains_text(self) -> bool:
+        """Whether any parameter of the text side is trained: then pass `input_ids` in training, not embeddings."""
+        return any(p.requires_grad for p in self._text_parameters())
+
+    def _text_parameters(self) -> list[nn.Parameter]:
+        return [p for module in self.text_tower for p in module.parameters()]
+
+    def _text_features(self, input_ids: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+        """Projected features `[n, D]`, not normalised, of prompts `[n, l]` that end at positions `ends` `[n]`."""
+        text_model, projection = self.text_tower
+        hidden = text_model(input_ids=input_ids).last_hidden_state
+        return projection(hidden[torch.arange(len(hidden), device=hidden.device), ends])
+
+    def encode_vocabulary(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        cache_folder: str | os.PathLike | None = None,
+    ) -> torch.Tensor:
+        """Class embeddings, once per vocabulary: `model.encode_vocabulary(**processor(text=names, return_tensors="pt"))`.
+
+        Args:
+            input_ids: `[K, P, L]` or, with synonyms, `[K, P, S, L]`.
+            attention_mask: same shape; a row of zeros is an absent synonym.
+            cache_folder: keeps embeddings on disk too, keyed by a hash of the text weights and the token ids.
+
+        Returns:
+            L2-normalised `[K, D]`, or `[K, P, D]` where the method keeps its prompts (SED, CAT-Seg). Do not modify it
+            in place: later calls may return the same tensor.
+
+        With gradients on and a trained text side the result carries gradients and is never cached.
+        """
+        parameters = self._text_parameters()
+        device = parameters[0].device
+        input_ids = input_ids.to(device)
+        attention_mask = None if attention_mask is None else attention_mask.to(device)
+
+        def compute() -> torch.Tensor:
+            eos_token_id = self.text_tower[0].config.eos_token_id
+            return encode_vocabulary(input_ids, attention_mask, eos_token_id, self._text_features, self.keeps_prompts)
+
+        if torch.is_grad_enabled() and self.trains_text:
+            return compute()
+        with torch.no_grad():
+            if self.training and self.trains_text:
+                return compute()
+            return self._text_cache.get(input_ids, attention_mask, parameters, compute, cache_folder)
+
+    def _class_embeddings(
+        self,
+        input_ids: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        text_embeds: torch.Tensor | None,
+    ) -> torch.Tensor:
+        if (input_ids is None) == (text_embeds is None):
+            given = "both" if text_embeds is not None else "neither"
+            raise ValueError(
+                f"Give the class names either as input_ids (from processor(text=names)) or as text_embeds "
+                f"(from model.encode_vocabulary), got {given}."
+            )
+        if text_embeds is None:
+            return self.encode_vocabulary(input_ids, attention_mask)
+        wanted = f"[K, P, {self.embedding_size}]" if self.keeps_prompts else f"[K, {self.embedding_size}]"
+        if text_embeds.ndim != (3 if self.keeps_prompts else 2) or text_embeds.shape[-1] != self.embedding_size:
+            raise ValueError(
+                f"text_embeds must be {wanted} for {type(self).__name__}, got {list(text_embeds.shape)}. Were they made by "
+                f"another model? Use this model's encode_vocabulary."
+            )
+        if not len(text_embeds):
+            raise ValueError("text_embeds holds no class: give at least one name.")
+        return text_embeds.to(device=self.device, dtype=self.dtype)
+
+    # ------------------------------------------------------------------ picture side and forward
+
+    def _resolve_switches(self, given: dict[str, Any], known: frozenset[str]) -> dict[str, Any]:
+        unknown = sorted(set(given) - known)
+        if unknown:
+            raise TypeError(
+                f"{type(self).__name__} does not take {', '.join(unknown)}. Its switches are: {', '.join(sorted(known))}."
+            )
+        values = {name: given.get(name, FROM_CONFIG) for name in known}
+        return {
+            name: getattr(self.config, name) if isinstance(value, str) and value == FROM_CONFIG else value
+            for name, value in values.items()
+        }
+
+    def encode_image(
+        self,
+        pixel_values: torch.Tensor,
+        pixel_mask: torch.Tensor | None = None,
+        original_sizes: torch.Tensor | None = None,
+        reshaped_input_sizes: torch.Tensor | None = None,
+        padded_sizes: torch.Tensor | None = None,
+        **switches: Any,
+    ) -> ImageState:
+        """Everything that does not depend on the class names; pass the result as `image_state=` as often as you like.
+
+        Args:
+            pixel_values: `[B, 3, H, W]` from the image processor, with the keys that come beside it.
+            switches: those of `forward` that shape the picture side (`picture_switches`).
+        """
+        return self._encode_checked(
+            pixel_values, pixel_mask, original_sizes, reshaped_input_sizes, padded_sizes, False, switches
+        )
+
+    def _encode_checked(
+        self,
+        pixel_values: torch.Tensor,
+        pixel_mask: torch.Tensor | None,
+        original_sizes: torch.Tensor | None,
+        reshaped_input_sizes: torch.Tensor | None,
+        padded_sizes: torch.Tensor | None,
+        for_training: bool,
+        switches: dict[str, Any],
+    ) -> ImageState:
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != 3:
+            raise ValueError(f"pixel_values must be [B, 3, H, W], got {list(pixel_values.shape)}.")
+        whole = torch.tensor([pixel_values.shape[-2:]] * len(pixel_values))
+        padded_sizes = whole if padded_sizes is None else padded_sizes
+        reshaped_input_sizes = padded_sizes if reshaped_input_sizes is None else reshaped_input_sizes
+        original_sizes = reshaped_input_sizes if original_sizes is None else original_sizes
+        state = self._encode_image(
+            pixel_values.to(device=self.device, dtype=self.dtype),
+            for_training=for_training,
+            pixel_mask=pixel_mask,
+            reshaped_input_sizes=reshaped_input_sizes,
+            **self._resolve_switches(switches, self.picture_switches),
+        )
+        state.original_sizes, state.reshaped_input_sizes = original_sizes, reshaped_input_sizes
+        state.padded_sizes = padded_sizes
+        return state
+
+    @can_return_tuple
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        pixel_mask: torch.Tensor | None = None,
+        original_sizes: torch.Tensor | None = None,
+        reshaped_input_sizes: torch.Tensor | None = None,
+        padded_sizes: torch.Tensor | None = None,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        text_embeds: torch.Tensor | None = None,
+        image_state: ImageState | None = None,
+        labels: torch.Tensor | None = None,
+        sample_seeds: torch.Tensor | None = None,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+        output_maps: bool = False,
+        **switches: Any,
+    ) -> OpenVocabularySegmentationOutput:
+        """Segment pictures with the given class names.
+
+        Args:
+            pixel_values: `[B, 3, H, W]`, or `image_state` from `encode_image`; exactly one of them.
+            pixel_mask, original_sizes, reshaped_input_sizes, padded_sizes: as the image processor returns them.
+            input_ids, attention_mask: `[K, P, L]` or `[K, P, S, L]` from the processor, or
+            text_embeds: from `encode_vocabulary`; exactly one of the two.
+            labels: `[B, H, W]` int64 class indices, -100 ignored, at the size of `pixel_values`: adds `loss`.
+            sample_seeds: `[B]` int64: seeds of the random draws that the loss makes for each picture.
+            output_hidden_states, output_attentions, output_maps: fill the output's fields of that name.
+            switches: inference switches of the method; "config" (default) takes the config's value, None switches off.
+        """
+        if (pixel_values is None) == (image_state is None):
+            raise ValueError("Give either pixel_values or image_state (from model.encode_image), not both or neither.")
+        resolved = self._resolve_switches(switches, self.switches | self.picture_switches)
+        class_embeds = self._class_embeddings(input_ids, attention_mask, text_embeds)
+        if image_state is None:
+            self._check_labels(labels, pixel_values, len(class_embeds))
+            image_state = self._encode_checked(
+                pixel_values,
+                pixel_mask,
+                original_sizes,
+                reshaped_input_sizes,
+                padded_sizes,
+                labels is not None,
+                {name: resolved[name] for name in self.picture_switches},
+            )
+        elif labels is not None:
+            raise ValueError("A loss needs pixel_values: an image_state holds no auxiliary outputs.")
+        outputs = self._segment(
+            image_state,
+            class_embeds,
+            labels,
+            sample_seeds=sample_seeds,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            output_maps=output_maps,
+            **{name: value for name, value in resolved.items() if name not in self.picture_switches},
+        )
+        outputs.text_embeds = class_embeds
+        for name in ("original_sizes", "reshaped_input_sizes", "padded_sizes", "view_boxes", "canvas_size"):
+            setattr(outputs, name, getattr(image_state, name))
+        return outputs
+
+    @staticmethod
+    def _check_labels(labels: torch.Tensor | None, pixel_values: torch.Tensor, num_classes: int) -> None:
+        if labels is None:
+            return
+        if labels.shape != (len(pixel_values), *pixel_values.shape[-2:]):
+            raise ValueError(
+                f"labels {list(labels.shape)} must have the batch and picture size of pixel_values "
+                f"{list(pixel_values.shape)}: pass segmentation_maps= to the processor together with the pictures."
+            )
+        highest = int(labels.max())
+        if highest >= num_classes:
+            raise ValueError(
+                f"labels hold class {highest}, but only {num_classes} class names were given. Is it the ignore index? "
+                f"Pass ignore_index={highest} to the processor."
+            )
+
+    # ------------------------------------------------------------------ weights
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, CLIPStem):
+            init_clip_stem_weights(module)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, allow_missing_keys: bool = False, **kwargs: Any) -> Any:
+        """transformers' `from_pretrained`, and: a checkpoint of another method or one that leaves weights unset is an
+        error (`allow_missing_keys=True` initialises them instead), frozen parameters are frozen again, and the licence
+        of the weights is logged."""
+        wants_info = kwargs.pop("output_loading_info", False)
+        cls._refuse_other_method(args, kwargs)
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        missing = sorted(info["missing_keys"])
+        if missing and not allow_missing_keys:
+            raise ValueError(
+                f"The checkpoint leaves {len(missing)} weights of {cls.__name__} unset ({', '.join(missing[:5])}"
+                f"{', ...' if len(missing) > 5 else ''}): it is incomplete or of another variant. "
+                f"allow_missing_keys=True initialises them at random."
+            )
+        model.freeze_pretrained()
+        if model.config.weights_license:
+            logger.info(f"Licence of these weights: {model.config.weights_license}")
+        return (model, info) if wants_info else model
+
+    @classmethod
+    def _refuse_other_method(cls, args: tuple, kwargs: dict[str, Any]) -> None:
+        source = kwargs.get("pretrained_model_name_or_path", args[0] if args else None)
+        if kwargs.get("config") is not None or source is None:
+            return
+        hub = {k: kwargs[k] for k in ("revision", "token", "cache_dir", "local_files_only", "subfolder") if k in kwargs}
+        found = OpenVocabularySegmentationConfig.get_config_dict(source, **hub)[0].get("model_type")
+        wanted = cls.config_class.model_type
+        if found is not None and found != wanted:
+            raise ValueError(
+                f"{source} is a checkpoint of model type {found!r}, {cls.__name__} loads {wanted!r}. "
+                f"AutoModelForOpenVocabularySegmentation.from_pretrained picks the class itself."
+            )
+
+    def save_pretrained(self, *args: Any, save_original_format: bool = False, **kwargs: Any) -> Any:
+        """transformers' `save_pretrained`, writing the model's own key names."""
+        return super().save_pretrained(*args, save_original_format=save_original_format, **kwargs)

@@ -1,0 +1,74 @@
+"""What the models return: the output class and the encoded picture."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from transformers.utils import ModelOutput
+
+
+@dataclass
+class ImageState(ModelOutput):
+    """A picture batch after `encode_image`: everything that does not depend on the class names.
+
+    Methods subclass it and add their own tensors. Sizes are `[B, 2]` (height, width) in pixels.
+
+    Args:
+        original_sizes: the pictures as the caller gave them.
+        reshaped_input_sizes: after the resize, without padding.
+        padded_sizes: of `pixel_values`, padding included.
+        view_boxes: `[V, 4]` (x0, y0, x1, y1) in canvas pixels when a sliding window is used.
+        canvas_size: (height, width) that `view_boxes` refers to.
+    """
+
+    original_sizes: torch.Tensor | None = None
+    reshaped_input_sizes: torch.Tensor | None = None
+    padded_sizes: torch.Tensor | None = None
+    view_boxes: torch.Tensor | None = None
+    canvas_size: tuple[int, int] | None = None
+
+
+@dataclass
+class OpenVocabularySegmentationOutput(ModelOutput):
+    """Output of every `<X>ForOpenVocabularySegmentation`. B pictures, K classes, N mask queries, V sliding views.
+
+    Args:
+        loss: scalar, when `labels` were given.
+        loss_dict: the weighted terms that `loss` sums.
+        class_queries_logits: `[B, N, K+1]`, mask family; the last column is "no object".
+        masks_queries_logits: `[B, N, h, w]`, mask family.
+        class_queries_scores: `[B, N, K]`, mask family: non-negative weights of the semantic merge.
+        mask_threshold: None, or the number that sigmoid(mask) must exceed to count as 1 in the merge.
+        logits: `[B, K, h, w]`, per-class family (`[B*V, K, h, w]` with a sliding window, row b*V + v).
+        score_function: "sigmoid" or "softmax", per-class family.
+        kept_classes: bool `[B, K]` (`[B*V, K]`); False scores exactly 0 in post-processing.
+        view_boxes: `[V, 4]` (x0, y0, x1, y1) in canvas pixels.
+        canvas_size: (height, width) of the canvas.
+        text_embeds: `[K, D]` or `[K, P, D]`, L2-normalised.
+        original_sizes: `[B, 2]`, see `ImageState`.
+        reshaped_input_sizes: `[B, 2]`.
+        padded_sizes: `[B, 2]`.
+        hidden_states: on request.
+        attentions: on request.
+        maps: on request, name -> tensor: what the method looked at (attention biases, cost maps, heatmaps ...).
+    """
+
+    loss: torch.Tensor | None = None
+    loss_dict: dict[str, torch.Tensor] | None = None
+    class_queries_logits: torch.Tensor | None = None
+    masks_queries_logits: torch.Tensor | None = None
+    class_queries_scores: torch.Tensor | None = None
+    mask_threshold: float | None = None
+    logits: torch.Tensor | None = None
+    score_function: str | None = None
+    kept_classes: torch.Tensor | None = None
+    view_boxes: torch.Tensor | None = None
+    canvas_size: tuple[int, int] | None = None
+    text_embeds: torch.Tensor | None = None
+    original_sizes: torch.Tensor | None = None
+    reshaped_input_sizes: torch.Tensor | None = None
+    padded_sizes: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    maps: dict[str, torch.Tensor] | None = None
