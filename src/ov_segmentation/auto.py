@@ -98,8 +98,8 @@ def register() -> None:
         native = CONFIG_MAPPING_NAMES.get(method.model_type)
         if native is not None:
             warnings.warn(
-                f"transformers now has a model type {method.model_type!r} ({native}) of its own; while ov_segmentation is "
-                f"imported, {method.model_type!r} means ov_segmentation's {method.name}.",
+                f"transformers now has a model type {method.model_type!r} ({native}) of its own; while ov_segmentation "
+                f"is imported, {method.model_type!r} means ov_segmentation's {method.name}.",
                 stacklevel=3,
             )
         config_class = load_class(method.config)

@@ -96,7 +96,7 @@ class OpenVocabularySegmentationModel(PreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         cache_folder: str | os.PathLike | None = None,
     ) -> torch.Tensor:
-        """Class embeddings, once per vocabulary: `model.encode_vocabulary(**processor(text=names, return_tensors="pt"))`.
+        """Class embeddings, made once per vocabulary from `processor(text=names, return_tensors="pt")`.
 
         Args:
             input_ids: `[K, P, L]` or, with synonyms, `[K, P, S, L]`.
@@ -142,8 +142,8 @@ class OpenVocabularySegmentationModel(PreTrainedModel):
         wanted = f"[K, P, {self.embedding_size}]" if self.keeps_prompts else f"[K, {self.embedding_size}]"
         if text_embeds.ndim != (3 if self.keeps_prompts else 2) or text_embeds.shape[-1] != self.embedding_size:
             raise ValueError(
-                f"text_embeds must be {wanted} for {type(self).__name__}, got {list(text_embeds.shape)}. Were they made by "
-                f"another model? Use this model's encode_vocabulary."
+                f"text_embeds must be {wanted} for {type(self).__name__}, got {list(text_embeds.shape)}. Were they "
+                f"made by another model? Use this model's encode_vocabulary."
             )
         if not len(text_embeds):
             raise ValueError("text_embeds holds no class: give at least one name.")
@@ -155,7 +155,7 @@ class OpenVocabularySegmentationModel(PreTrainedModel):
         unknown = sorted(set(given) - known)
         if unknown:
             raise TypeError(
-                f"{type(self).__name__} does not take {', '.join(unknown)}. Its switches are: {', '.join(sorted(known))}."
+                f"{type(self).__name__} does not take {', '.join(unknown)}. Its switches: {', '.join(sorted(known))}."
             )
         values = {name: given.get(name, FROM_CONFIG) for name in known}
         return {

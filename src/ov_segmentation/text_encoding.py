@@ -31,8 +31,8 @@ def end_positions(input_ids: torch.Tensor, eos_token_id: int) -> torch.Tensor:
     missing = (~is_end.any(dim=-1)).nonzero().flatten()
     if missing.numel():
         raise ValueError(
-            f"{missing.numel()} of {len(input_ids)} prompts hold no end token (eos_token_id {eos_token_id}), the first is "
-            f"row {missing[0].item()}. Tokenize with the checkpoint's own processor: processor(text=names)."
+            f"{missing.numel()} of {len(input_ids)} prompts hold no end token (eos_token_id {eos_token_id}), the first "
+            f"is row {missing[0].item()}. Tokenize with the checkpoint's own processor: processor(text=names)."
         )
     return is_end.int().argmax(dim=-1)
 
@@ -75,14 +75,14 @@ def encode_vocabulary(
     """
     if input_ids.ndim not in (3, 4):
         raise ValueError(
-            f"input_ids must be [K, P, L] or [K, P, S, L] (classes, prompts, synonyms, tokens), got {list(input_ids.shape)}."
-            " processor(text=names) makes them."
+            "input_ids must be [K, P, L] or [K, P, S, L] (classes, prompts, synonyms, tokens), got "
+            f"{list(input_ids.shape)}. processor(text=names) makes them."
         )
     if attention_mask is None:
         attention_mask = torch.ones_like(input_ids)
     if attention_mask.shape != input_ids.shape:
         raise ValueError(
-            f"attention_mask {list(attention_mask.shape)} and input_ids {list(input_ids.shape)} must have the same shape."
+            f"attention_mask {list(attention_mask.shape)} and input_ids {list(input_ids.shape)} must have one shape."
         )
     if input_ids.ndim == 3:
         input_ids, attention_mask = input_ids[:, :, None], attention_mask[:, :, None]
