@@ -1,0 +1,106 @@
+"""README and model cards say what the ledger says, and hold no measurement typed by hand."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ov_segmentation import ledger
+from tools import readme
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = readme.documents()
+
+
+def test_documents_are_up_to_date():
+    command = [sys.executable, "tools/readme.py", "--check"]
+    environment = {**os.environ, "PYTHONPATH": "src"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_no_measurement_is_typed_by_hand(path):
+    by_hand = readme.BLOCK.sub("", path.read_text(encoding="utf-8"))
+    measurement = re.compile(r"\d+(\.\d+)? ?%|\|[^|\n]*\d+\.\d+[^|\n]*\||(mIoU|accuracy|seconds?|minutes)\W+\d+[.]\d+")
+    assert [match.group() for match in measurement.finditer(by_hand)] == []
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_links_to_files_lead_somewhere(path):
+    targets = re.findall(r"\]\((?!https?:|#)([^)#\s]+)", path.read_text(encoding="utf-8"))
+    assert [target for target in targets if not (path.parent / target).exists()] == []
+
+
+@pytest.fixture
+def results(tmp_path):
+    """A ledger of two methods, one of them measured twice."""
+    for method, miou in (("san", 0.25), ("sed", 0.5), ("san", 0.311)):
+        ledger.append(
+            tmp_path / "camvid.jsonl",
+            command="a | b",
+            seed=0,
+            seconds=90,
+            figures={"miou": miou},
+            method=method,
+            machine="m",
+        )
+    return tmp_path
+
+
+COLUMNS = (
+    readme.Column("Method", "method"),
+    readme.Column("mIoU", "figures.miou", readme.percent),
+    readme.Column("Command", "command", readme.code),
+)
+
+
+def test_tables_show_the_newest_of_each_kind(results):
+    table = readme.LedgerTable("camvid.jsonl", COLUMNS, key=("method",))
+    assert table.render(results).splitlines() == [
+        "| Method | mIoU | Command |",
+        "| --- | --- | --- |",
+        "| san | 31.1 | `a \\| b` |",
+        "| sed | 50.0 | `a \\| b` |",
+    ]
+    only = readme.LedgerTable("camvid.jsonl", COLUMNS, key=("method",), match={"method": "sed"})
+    assert "san" not in only.render(results)
+    assert readme.LedgerTable("none.jsonl", COLUMNS, key=()).render(results) == "*Nothing measured yet.*"
+    with pytest.raises(LookupError, match=r"figures\.pacc"):
+        readme.LedgerTable("camvid.jsonl", (readme.Column("p", "figures.pacc"),), key=()).render(results)
+
+
+def test_blocks_are_filled_and_the_rest_stays(results, monkeypatch):
+    monkeypatch.setitem(readme.TABLES, "t", readme.LedgerTable("camvid.jsonl", COLUMNS[:2], key=("method",)))
+    value = readme.Value("camvid.jsonl", "figures.miou", readme.percent, {"method": "san"})
+    monkeypatch.setitem(readme.VALUES, "v", value)
+    before = "a\n<!-- table:t -->\nold\n<!-- /table -->\nb <!-- value:v -->9.9<!-- /value --> c\n"
+    after = readme.fill(before, results)
+    assert after == (
+        "a\n<!-- table:t -->\n| Method | mIoU |\n| --- | --- |\n| san | 31.1 |\n| sed | 50.0 |\n<!-- /table -->\n"
+        "b <!-- value:v -->31.1<!-- /value --> c\n"
+    )
+    assert readme.fill(after, results) == after
+
+
+@pytest.mark.parametrize(
+    ("document", "message"),
+    [
+        ("<!-- table:methods -->", "no partner"),
+        ("x <!-- /value -->", "no partner"),
+        ("<!-- table:methods --><!-- /value -->", "no partner"),
+        ("<!-- table:nonsense --><!-- /table -->", "nonsense"),
+        ("<!-- value:nonsense --><!-- /value -->", "nonsense"),
+    ],
+)
+def test_wrong_markers_are_errors(document, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        readme.fill(document, tmp_path)
+
+
+def test_a_value_that_was_not_measured_is_an_error(results):
+    with pytest.raises(LookupError, match="deop"):
+        readme.Value("camvid.jsonl", "figures.miou", readme.percent, {"method": "deop"}).render(results)
