@@ -8,7 +8,7 @@ ENVIRONMENT := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
 SOURCES := src tests tools conversion examples setup.py
 LINTED = $(wildcard $(SOURCES))
 
-.PHONY: demo test slow lint format readme clean
+.PHONY: demo test slow lint format readme bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py
@@ -29,6 +29,9 @@ format: $(VENV)/.dev
 
 readme: $(VENV)/.dev
 	$(BIN)/python tools/readme.py
+
+bench: $(VENV)/.dev
+	$(ENVIRONMENT) $(BIN)/python tools/bench.py san
 
 clean:
 	rm -rf $(VENV)
