@@ -1,0 +1,132 @@
+"""Linear attention over the classes at every position of a map, as SED and CAT-Seg aggregate their cost maps.
+
+With the kernel phi(x) = elu(x) + 1 in the place of the softmax (Katharopoulos et al., "Transformers are RNNs", 2020),
+all that a query needs to know of the keys and values are two sums over the classes. Sums of chunks add up, so any
+number of classes can be processed in chunks with an exact result: `class_sums` of every chunk first, then `forward`.
+
+Tokens are `[N, S, C]`: N pairs (picture, class), those of a picture next to each other, and S positions. `counts` says
+how many of the N belong to each picture of the batch (0 for a picture that is not in the chunk).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+EPSILON = 1e-6
+
+
+class ClassSums(NamedTuple):
+    """What a query needs to know of all classes of its picture, per position and head; d channels per head.
+
+    Args:
+        key_values: `[B, S * heads, d, d]`, the sum over classes of phi(key) (outer product) value.
+        keys: `[B, S * heads, d, 1]`, the sum over classes of phi(key).
+    """
+
+    key_values: torch.Tensor
+    keys: torch.Tensor
+
+    def __add__(self, other: ClassSums) -> ClassSums:  # type: ignore[override]
+        return ClassSums(self.key_values + other.key_values, self.keys + other.keys)
+
+
+class ClassAttention(nn.Module):
+    """Pre-norm transformer layer over classes: linear attention without output projection, then a ReLU MLP.
+
+    Args:
+        channels: C.
+        num_heads: has to divide `channels`.
+        guidance_channels: G, width of a vector per class that queries and keys also see; 0 for none.
+        mlp_ratio: hidden channels of the MLP over `channels`.
+    """
+
+    def __init__(self, channels: int, num_heads: int, guidance_channels: int = 0, mlp_ratio: int = 4) -> None:
+        super().__init__()
+        if channels % num_heads:
+            raise ValueError(f"num_heads {num_heads} has to divide the {channels} channels of the class attention.")
+        self.channels, self.num_heads = channels, num_heads
+        self.norm1 = nn.LayerNorm(channels)
+        self.query = nn.Linear(channels + guidance_channels, channels)
+        self.key = nn.Linear(channels + guidance_channels, channels)
+        self.value = nn.Linear(channels, channels)
+        self.norm2 = nn.LayerNorm(channels)
+        self.fc1 = nn.Linear(channels, channels * mlp_ratio)
+        self.fc2 = nn.Linear(channels * mlp_ratio, channels)
+
+    def _guided(self, linear: nn.Linear, tokens: torch.Tensor, guidance: torch.Tensor | None) -> torch.Tensor:
+        """phi(linear([tokens, guidance])) `[N, S * heads, d]`; the guidance's share is computed once per class."""
+        if guidance is None:
+            features = linear(tokens)
+        else:
+            shared = F.linear(guidance, linear.weight[:, self.channels :], linear.bias)
+            features = F.linear(tokens, linear.weight[:, : self.channels]) + shared[:, None]
+        return self._split_heads(F.elu(features) + 1)
+
+    def _split_heads(self, features: torch.Tensor) -> torch.Tensor:
+        return features.view(len(features), -1, self.channels // self.num_heads)
+
+    def class_sums(
+        self, tokens: torch.Tensor, counts: Sequence[int], guidance: torch.Tensor | None = None
+    ) -> ClassSums:
+        """Sums over the classes of each picture.
+
+        Args:
+            tokens: `[N, S, C]`, not normalised.
+            counts: of each picture in the batch, its number of tokens; they sum to N.
+            guidance: `[N, G]`, with `guidance_channels`.
+        """
+        normed = self.norm1(tokens)
+        keys = self._guided(self.key, normed, guidance)
+        values = self._split_heads(self.value(normed))
+        products, sums = [], []
+        for keys_of_one, values_of_one in zip(keys.split(list(counts)), values.split(list(counts)), strict=True):
+            products.append(torch.bmm(keys_of_one.permute(1, 2, 0), values_of_one.transpose(0, 1)))
+            sums.append(keys_of_one.sum(dim=0)[..., None])
+        return ClassSums(torch.stack(products), torch.stack(sums))
+
+    def forward(
+        self, tokens: torch.Tensor, counts: Sequence[int], sums: ClassSums, guidance: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Updated tokens `[N, S, C]`, residuals included.
+
+        Args:
+            tokens, counts, guidance: as for `class_sums`, of these classes alone.
+            sums: over all classes of each picture.
+        """
+        queries = self._guided(self.query, self.norm1(tokens), guidance)
+        # the normaliser is one more column of the same product
+        key_values = torch.cat([sums.key_values, sums.keys], dim=-1)
+        mixed = []
+        for queries_of_one, key_values_of_one in zip(queries.split(list(counts)), key_values, strict=True):
+            product = torch.bmm(queries_of_one.transpose(0, 1), key_values_of_one)
+            mixed.append((product[..., :-1] / (product[..., -1:] + EPSILON)).transpose(0, 1))
+        tokens = tokens + torch.cat(mixed).reshape(tokens.shape)
+        return tokens + self.fc2(F.relu(self.fc1(self.norm2(tokens))))
+
+
+def repeated(sums: ClassSums, times: int) -> ClassSums:
+    """The sums over `times` copies of the same class: padding tokens enter so."""
+    return ClassSums(sums.key_values * times, sums.keys * times)
+
+
+def pool_positions(features: torch.Tensor, pooling: int) -> torch.Tensor:
+    """Average-pooled tokens `[N, (h // pooling) * (w // pooling), C]` of a map `[N, h, w, C]`."""
+    if pooling > 1:
+        pooled = F.avg_pool2d(features.permute(0, 3, 1, 2), pooling)
+        features = pooled.permute(0, 2, 3, 1)
+    return features.flatten(1, 2)
+
+
+def add_pooled(features: torch.Tensor, tokens: torch.Tensor, pooling: int) -> torch.Tensor:
+    """A map `[N, h, w, C]` plus pooled tokens `[N, S, C]`, stretched to its size (bilinear, corners aligned)."""
+    if pooling == 1:
+        return features + tokens.view(features.shape)
+    height, width = features.shape[1:3]
+    pooled = tokens.view(len(tokens), height // pooling, width // pooling, -1).permute(0, 3, 1, 2)
+    resized = F.interpolate(pooled, (height, width), mode="bilinear", align_corners=True)
+    return features + resized.permute(0, 2, 3, 1)
