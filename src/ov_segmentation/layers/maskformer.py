@@ -1,0 +1,175 @@
+"""MaskFormer as a proposal network: class-agnostic masks, each with an embedding in CLIP's space.
+
+Source: Cheng et al., "Per-Pixel Classification is Not All You Need" (2021), section 3.4; the embedding head in place of
+the class predictor is that of SimBaseline (Xu et al., 2022, section 3.2) and OVSeg (Liang et al., 2023, section 3.1).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from huggingface_hub.dataclasses import strict
+from torch import nn
+from transformers import AutoConfig, PreTrainedConfig, SwinConfig
+from transformers import initialization as init
+from transformers.configuration_utils import SubConfigSpec
+from transformers.models.maskformer.configuration_maskformer import MaskFormerDetrConfig
+from transformers.models.maskformer.modeling_maskformer import (
+    MaskFormerDetrDecoderLayer,
+    MaskformerMLPPredictionHead,
+    MaskFormerPixelDecoder,
+    MaskFormerSinePositionEmbedding,
+)
+
+from .resnet_c import ConvNorm, FrozenBatchNorm, ResNetC, ResNetCConfig
+from .swin_backbone import SwinBackbone
+
+
+@strict
+class MaskProposalConfig(PreTrainedConfig):
+    """Configuration of `MaskProposalNetwork`; the defaults are those of OVSeg, SimBaseline and DeOP.
+
+    Args:
+        backbone_config: `SwinConfig` or `ResNetCConfig`, or a dict with the `model_type` of one of them.
+        num_queries: N.
+        hidden_size, num_heads, feedforward_size, num_layers, dropout: of the transformer decoder.
+        pixel_decoder_size, mask_size: channels of the feature pyramid and of the mask embeddings.
+        embedding_hidden_size, embedding_layers: the MLP that maps a query to CLIP's space.
+    """
+
+    model_type = "ov_mask_proposal"
+    sub_configs_defaults = {"backbone_config": SubConfigSpec(config_class=AutoConfig, model_type="swin")}
+
+    backbone_config: dict | PreTrainedConfig | None = None
+    num_queries: int = 100
+    hidden_size: int = 256
+    num_heads: int = 8
+    feedforward_size: int = 2048
+    num_layers: int = 6
+    dropout: float | int = 0.1
+    pixel_decoder_size: int = 256
+    mask_size: int = 256
+    embedding_hidden_size: int = 1024
+    embedding_layers: int = 2
+
+
+class MaskProposals(NamedTuple):
+    """Proposals of one decoder layer: `embeddings` `[B, N, D]`, not normalised, and `mask_logits` `[B, N, h, w]`."""
+
+    embeddings: torch.Tensor
+    mask_logits: torch.Tensor
+
+
+def build_backbone(config: PreTrainedConfig) -> SwinBackbone | ResNetC:
+    """The backbone of a configuration."""
+    if isinstance(config, SwinConfig):
+        return SwinBackbone(config)
+    if isinstance(config, ResNetCConfig):
+        return ResNetC(config)
+    raise ValueError(f"backbone_config must be of model type 'swin' or 'ov_resnet_c', got {config.model_type!r}.")
+
+
+class QueryDecoder(nn.Module):
+    """Transformer decoder over the coarsest feature map; queries start at zero."""
+
+    def __init__(self, config: MaskProposalConfig, channels: int) -> None:
+        super().__init__()
+        size = config.hidden_size
+        layer_config = MaskFormerDetrConfig(
+            d_model=size,
+            decoder_layers=config.num_layers,
+            decoder_attention_heads=config.num_heads,
+            decoder_ffn_dim=config.feedforward_size,
+            dropout=config.dropout,
+            attention_dropout=config.dropout,
+            activation_dropout=config.dropout,
+        )
+        layer_config._attn_implementation = config._attn_implementation or "sdpa"
+        self.position_embedding = MaskFormerSinePositionEmbedding(num_position_features=size // 2, normalize=True)
+        self.input_projection = nn.Conv2d(channels, size, kernel_size=1) if channels != size else nn.Identity()
+        self.query_embedding = nn.Embedding(config.num_queries, size)
+        self.layers = nn.ModuleList(MaskFormerDetrDecoderLayer(layer_config) for _ in range(config.num_layers))
+        self.layernorm = nn.LayerNorm(size)
+
+    def forward(self, features: torch.Tensor) -> list[torch.Tensor]:
+        """`[B, C, h, w]` to the queries `[B, N, hidden]` after each layer.
+
+        The one final norm is applied to every layer's output, while the next layer is fed what it normalises.
+        """
+        features = self.input_projection(features)
+        positions = self.position_embedding(features.shape, features.device, features.dtype)
+        keys, positions = features.flatten(2).transpose(1, 2), positions.flatten(2).transpose(1, 2)
+        query_positions = self.query_embedding.weight.expand(len(features), -1, -1)
+        hidden, outputs = torch.zeros_like(query_positions), []
+        for layer in self.layers:
+            hidden = layer(hidden, None, positions, query_positions, keys)
+            outputs.append(self.layernorm(hidden))
+        return outputs
+
+
+class MaskProposalNetwork(nn.Module):
+    """Backbone, pixel decoder, query decoder and the two heads."""
+
+    def __init__(self, config: MaskProposalConfig, embedding_size: int) -> None:
+        super().__init__()
+        self.backbone = build_backbone(config.backbone_config)
+        channels = self.backbone.channels
+        self.pixel_decoder = MaskFormerPixelDecoder(
+            in_features=channels[-1],
+            lateral_widths=channels[:-1],
+            feature_size=config.pixel_decoder_size,
+            mask_feature_size=config.mask_size,
+        )
+        self.query_decoder = QueryDecoder(config, channels[-1])
+        self.mask_head = MaskformerMLPPredictionHead(config.hidden_size, config.hidden_size, config.mask_size, 3)
+        self.embedding_head = MaskformerMLPPredictionHead(
+            config.hidden_size, config.embedding_hidden_size, embedding_size, config.embedding_layers
+        )
+
+    def forward(self, pixel_values: torch.Tensor, all_layers: bool = False) -> list[MaskProposals]:
+        """Proposals of the last layer (a list of one), or of every layer, first layer first, for deep supervision."""
+        features = self.backbone(pixel_values)
+        mask_features = self.pixel_decoder(features).last_hidden_state
+        queries = self.query_decoder(features[-1])
+        return [
+            MaskProposals(
+                self.embedding_head(states), torch.einsum("bnc,bchw->bnhw", self.mask_head(states), mask_features)
+            )
+            for states in (queries if all_layers else queries[-1:])
+        ]
+
+
+@torch.no_grad()
+def init_mask_proposal_weights(module: nn.Module) -> None:
+    """Initial weights of one submodule, as in MaskFormer: He's normal for ResNet-c, Caffe2's Xavier for the pixel
+    decoder and the input projection, Xavier for the transformer, N(0, 1) for the queries, PyTorch's defaults for the
+    heads. Swin initialises itself."""
+    if isinstance(module, FrozenBatchNorm):
+        module.reset()
+    elif isinstance(module, ConvNorm):
+        init.kaiming_normal_(module.conv.weight, mode="fan_out", nonlinearity="relu")
+    elif isinstance(module, MaskFormerPixelDecoder):
+        for part in module.modules():
+            if isinstance(part, nn.Conv2d):
+                _init_convolution(part)
+    elif isinstance(module, QueryDecoder):
+        if isinstance(module.input_projection, nn.Conv2d):
+            _init_convolution(module.input_projection)
+        init.normal_(module.query_embedding.weight)
+        for part in module.layers.modules():
+            if isinstance(part, nn.Linear):
+                init.xavier_uniform_(part.weight)
+                init.zeros_(part.bias)
+    elif isinstance(module, MaskformerMLPPredictionHead):
+        for part in module.modules():
+            if isinstance(part, nn.Linear):
+                bound = part.in_features**-0.5
+                init.uniform_(part.weight, -bound, bound)
+                init.uniform_(part.bias, -bound, bound)
+
+
+def _init_convolution(convolution: nn.Conv2d) -> None:
+    init.kaiming_uniform_(convolution.weight, a=1)
+    if convolution.bias is not None:
+        init.zeros_(convolution.bias)
