@@ -1,0 +1,1 @@
+"""Data: synthetic scenes, benchmark registry, builders of Hugging Face datasets, paired augmentations."""

@@ -1,0 +1,262 @@
+"""Any data set of pictures and label maps, brought into one form: columns `image` and `annotation`, names, ignored ids."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from datasets import Dataset, DatasetDict, Features, Image, IterableDatasetDict, Value, load_dataset, load_from_disk
+from PIL import Image as PILImage
+
+from ..vocabulary import BENCHMARKS, Vocabulary
+from .class_names import class_names as names_from_features
+
+IGNORED = -100
+IMAGE_COLUMNS = ("image", "img", "picture", "pixel_values")
+ANNOTATION_COLUMNS = (
+    "annotation",
+    "annotations",
+    "label",
+    "labels",
+    "mask",
+    "segmentation",
+    "segmentation_mask",
+    "seg_map",
+)
+PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+NAMES_FILE = "class_names.json"
+
+Names = str | Sequence[str | Sequence[str]]
+
+
+@dataclass(frozen=True)
+class SegmentationData:
+    """Splits with the columns `image` and `annotation` (and whatever else they had), and what the ids mean.
+
+    Args:
+        splits: the dataset.
+        vocabulary: class k of the label maps is its k-th name.
+        ignore_index: ids that are no class.
+        reduce_labels: id 0 is ignored and every other id is lowered by one, before `ignore_index` is looked at.
+    """
+
+    splits: DatasetDict
+    vocabulary: Vocabulary
+    ignore_index: tuple[int, ...] = ()
+    reduce_labels: bool = False
+
+    def split(self, name: str, max_samples: int | None = None) -> LabelledPictures:
+        """The decoded and checked samples of a split.
+
+        Raises:
+            ValueError: no such split, or an empty one.
+        """
+        if name not in self.splits:
+            raise ValueError(f"There is no split {name!r}. This data set has: {', '.join(self.splits)}.")
+        rows = self.splits[name]
+        if not len(rows):
+            raise ValueError(f"The split {name!r} is empty.")
+        return LabelledPictures(
+            self, name, rows if max_samples is None else rows.select(range(min(max_samples, len(rows))))
+        )
+
+
+class LabelledPicture(NamedTuple):
+    """RGB picture and int32 label map `[H, W]` of its size, class ids and -100 (ignored)."""
+
+    image: PILImage.Image
+    label_map: np.ndarray
+
+
+class LabelledPictures:
+    """A split as a sequence of `LabelledPicture`, each checked when it is read."""
+
+    def __init__(self, data: SegmentationData, split: str, rows: Dataset) -> None:
+        self.data, self.split, self.rows = data, split, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> LabelledPicture:
+        row = self.rows[int(index)]
+        image = row["image"]
+        name = f"sample {index} of split {self.split!r}"
+        if file := row.get("file_name") or getattr(image, "filename", None):
+            name += f" ({Path(file).name})"
+        if row["annotation"] is None:
+            raise ValueError(f"{name}: it has no label map. Leave unlabelled samples out, or take another split.")
+        label_map = self._class_ids(_as_array(row["annotation"], name), name)
+        if label_map.shape != (image.height, image.width):
+            raise ValueError(
+                f"{name}: its label map is {label_map.shape[1]} x {label_map.shape[0]} pixels, its picture "
+                f"{image.width} x {image.height} (width x height). They must have one size."
+            )
+        return LabelledPicture(image.convert("RGB"), label_map)
+
+    def _class_ids(self, ids: np.ndarray, name: str) -> np.ndarray:
+        if self.data.reduce_labels:
+            ids = np.where(ids == 0, IGNORED, ids - 1)
+        ignored = np.isin(ids, (*self.data.ignore_index, IGNORED))
+        ids = np.where(ignored, IGNORED, ids).astype(np.int32)
+        num_classes = len(self.data.vocabulary)
+        wrong = ids[~ignored & ((ids < 0) | (ids >= num_classes))]
+        if wrong.size:
+            raise ValueError(
+                f"{name}: its label map holds the id {wrong[0]}, but the classes are 0 to {num_classes - 1} and the ignored "
+                f"ids {list(self.data.ignore_index)}. Is it an ignored id? Give ignore_index. Is 0 the unlabelled id, and "
+                f"do the classes start at 1? Set reduce_labels."
+            )
+        return ids
+
+
+def load_segmentation_data(
+    name: str | Path,
+    *,
+    config_name: str | None = None,
+    revision: str | None = None,
+    image_column: str | None = None,
+    annotation_column: str | None = None,
+    class_names: Names | None = None,
+    protocol: str | None = None,
+    ignore_index: int | Sequence[int] | None = None,
+    reduce_labels: bool = False,
+) -> SegmentationData:
+    """Load a data set of pictures and label maps.
+
+    Args:
+        name: a folder with `images/<split>/` and `annotations/<split>/` (same file stems; without split folders it is one
+            split "train"); a folder written by `save_to_disk`; any folder that `load_dataset` understands (parquet, an
+            imagefolder with `metadata.jsonl`); or a Hub id.
+        config_name, revision: for Hub ids.
+        image_column, annotation_column: default: by type (`Image`) and usual names.
+        class_names: names in index order (a list inside: synonyms), the key of a packaged benchmark, or a JSON file of
+            such a list. Default: `class_names.json` in the folder, or the dataset's features.
+        protocol: whose spelling of a packaged benchmark's names, where the methods differ.
+        ignore_index: ids in the label maps that are no class.
+        reduce_labels: see `SegmentationData`.
+
+    Raises:
+        FileNotFoundError: a folder without what it needs.
+        ValueError: columns or names that cannot be found, label maps without pictures, streaming data.
+    """
+    path = Path(name)
+    splits = _load_splits(path, str(name), config_name, revision)
+    first = next(iter(splits.values()))
+    image_column, annotation_column = _find_columns(first.features, image_column, annotation_column)
+    names = class_names if class_names is not None else _names_beside(path)
+    names = names_from_features(splits) if names is None else names
+    ignored = (ignore_index,) if isinstance(ignore_index, int) else tuple(ignore_index or ())
+    return SegmentationData(
+        splits=DatasetDict({key: _rename(split, image_column, annotation_column) for key, split in splits.items()}),
+        vocabulary=_vocabulary(names, protocol),
+        ignore_index=ignored,
+        reduce_labels=reduce_labels,
+    )
+
+
+def _load_splits(path: Path, name: str, config_name: str | None, revision: str | None) -> DatasetDict:
+    if (path / "images").is_dir() and (path / "annotations").is_dir():
+        return _local_tree(path)
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        loaded = load_from_disk(str(path))
+    else:
+        if not path.is_dir() and name.startswith((".", "/", "~")):
+            raise FileNotFoundError(f"There is no folder {path}.")
+        loaded = load_dataset(name, config_name, revision=revision)
+    if isinstance(loaded, Dataset):
+        loaded = DatasetDict({"train": loaded})
+    if isinstance(loaded, IterableDatasetDict) or not isinstance(loaded, DatasetDict):
+        raise ValueError(f"{name} loads as {type(loaded).__name__}; training needs a dataset with random access.")
+    return loaded
+
+
+def _local_tree(root: Path) -> DatasetDict:
+    folders = {folder.name: folder for folder in sorted((root / "images").iterdir()) if folder.is_dir()}
+    splits = {}
+    for split, images in (folders or {"train": root / "images"}).items():
+        annotations = root / "annotations" / (split if folders else "")
+        pictures = {file.stem: file for file in sorted(images.iterdir()) if file.suffix.lower() in PICTURE_SUFFIXES}
+        if not annotations.is_dir():
+            raise FileNotFoundError(
+                f"There are pictures in {images}, but no folder {annotations} with their label maps."
+            )
+        maps = {file.stem: file for file in annotations.iterdir() if file.suffix.lower() in PICTURE_SUFFIXES}
+        if unpaired := sorted(set(pictures) ^ set(maps)):
+            kind = "label map" if unpaired[0] in pictures else "picture"
+            raise FileNotFoundError(
+                f"{len(unpaired)} files of split {split!r} in {root} have no partner of the same name; the first is "
+                f"{unpaired[0]!r}, which has no {kind}."
+            )
+        columns = {
+            "image": [str(file) for file in pictures.values()],
+            "annotation": [str(maps[stem]) for stem in pictures],
+            "file_name": [file.name for file in pictures.values()],
+        }
+        features = Features({"image": Image(), "annotation": Image(), "file_name": Value("string")})
+        splits[split] = Dataset.from_dict(columns, features=features)
+    return DatasetDict(splits)
+
+
+def _find_columns(features: Features, image: str | None, annotation: str | None) -> tuple[str, str]:
+    pictures = [name for name, feature in features.items() if isinstance(feature, Image)]
+    for given in (image, annotation):
+        if given is not None and given not in features:
+            raise ValueError(f"There is no column {given!r}. The columns are: {', '.join(features)}.")
+    annotation = annotation or _choose([name for name in pictures if name != image], ANNOTATION_COLUMNS)
+    image = image or _choose([name for name in pictures if name != annotation], IMAGE_COLUMNS)
+    if image is None or annotation is None:
+        missing = " and ".join(kind for kind, found in (("image", image), ("annotation", annotation)) if found is None)
+        raise ValueError(
+            f"Cannot tell the {missing} column: the columns are {', '.join(features)}, and those that hold pictures "
+            f"{', '.join(pictures) or 'none'}. Give image_column and annotation_column."
+        )
+    return image, annotation
+
+
+def _choose(columns: list[str], usual: Sequence[str]) -> str | None:
+    known = [name for name in usual if name in columns]
+    return known[0] if known else columns[0] if len(columns) == 1 else None
+
+
+def _rename(split: Dataset, image: str, annotation: str) -> Dataset:
+    wanted = {image: "image", annotation: "annotation"}
+    taken = [new for old, new in wanted.items() if new in split.column_names and new not in wanted]
+    split = split.remove_columns(taken)
+    # both at once, so that two columns may swap their names
+    return split.rename_columns({old: new for old, new in wanted.items() if old != new})
+
+
+def _names_beside(path: Path) -> Names | None:
+    return str(path / NAMES_FILE) if (path / NAMES_FILE).is_file() else None
+
+
+def _vocabulary(names: Names, protocol: str | None) -> Vocabulary:
+    if not isinstance(names, str):
+        return Vocabulary(names)
+    if names in BENCHMARKS:
+        # only the names: templates and comma rule are the processor's
+        return Vocabulary(Vocabulary.from_benchmark(names, protocol).synonyms)
+    file = Path(names)
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"class_names {names!r} is neither a file nor a packaged benchmark ({', '.join(sorted(BENCHMARKS))})."
+        )
+    values = json.loads(file.read_text(encoding="utf-8"))
+    if not isinstance(values, list):
+        raise ValueError(f"{file} must hold a JSON list of class names in index order, got {type(values).__name__}.")
+    return Vocabulary(values)
+
+
+def _as_array(annotation: Any, name: str) -> np.ndarray:
+    array = np.asarray(annotation)
+    if array.ndim != 2:
+        raise ValueError(
+            f"{name}: its label map has {array.shape[-1]} channels ({getattr(annotation, 'mode', array.dtype)}). It must have "
+            f"one, whose values are class ids: palette (P), 8-bit (L) or 16-bit (I;16) pictures; colours have to be "
+            f"translated to ids first."
+        )
+    return array.astype(np.int64)

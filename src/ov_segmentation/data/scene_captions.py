@@ -1,0 +1,125 @@
+"""Captions of scene crops and the tokenizer that reads them.
+
+The tokenizer is a `CLIPTokenizer` with an own, tiny byte-pair vocabulary: every word of the captions is one token, any other
+word falls apart into known pieces, down to single bytes, so that no text is refused. Captions now and then contain made-up
+words, which teaches the text tower not to mind them.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import string
+from collections.abc import Iterable
+
+from transformers import CLIPTokenizer
+
+from .scene_vocabulary import (
+    STUFF_COLOURS,
+    STUFF_NOUN,
+    STUFF_TEXTURES,
+    THING_COLOURS,
+    THING_PATTERNS,
+    THING_SHAPES,
+    SceneVocabulary,
+)
+
+ANY_THING = "object"
+QUALITIES = (
+    "good", "bad", "bright", "dark", "blurry", "cropped", "close-up", "low resolution", "pixelated", "black and white",
+    "jpeg corrupted", "clean", "dirty", "nice", "cool", "weird",
+)  # fmt: skip
+MEDIA = (
+    "photo", "picture", "image", "drawing", "painting", "rendering", "sketch", "sculpture", "doodle", "cartoon", "toy",
+    "tattoo", "rendition", "embroidery", "graffiti", "art",
+)  # fmt: skip
+SIZES = ("small", "medium", "large", "hard to see", "plastic", "plushie", "origami", "embroidered")
+OPENINGS = ("a", "the", "this is a", "there is a", "one", "my", "an", "itap")
+ARTICLES = ("a", "the", "one", "my", "many")
+TAILS = (".", " in the scene", " in the scene.", " in a video game.", "")
+JOINTS = ("on", "and", "of", "in")
+MADE_UP_WORDS = 0.06
+BOS, EOS = "<|startoftext|>", "<|endoftext|>"
+
+
+def write_caption(phrase: str, generator: random.Random) -> str:
+    """A sentence around a phrase such as "red striped circle": bare, with an article, or as the picture of something."""
+    draw = generator.random()
+    if draw < 0.15:
+        return phrase
+    if draw < 0.4:
+        return f"{generator.choice(ARTICLES)} {phrase}{generator.choice(TAILS)}"
+    words = [generator.choice(OPENINGS)]
+    if generator.random() < 0.4:
+        words.append(generator.choice(QUALITIES))
+    if generator.random() < MADE_UP_WORDS:
+        words.append("".join(generator.choices(string.ascii_lowercase, k=generator.randint(3, 8))))
+    if generator.random() < 0.85:
+        words += [generator.choice(MEDIA) if generator.random() < 0.5 else "photo", "of", generator.choice(ARTICLES)]
+    if generator.random() < 0.25:
+        words.append(generator.choice(SIZES))
+    return f"{' '.join(words)} {phrase}{generator.choice(TAILS)}"
+
+
+def thing_phrase(vocabulary: SceneVocabulary, attributes: tuple[int, int, int], kept: Iterable[str]) -> str:
+    """Words of a thing; attributes that are not in `kept` ("colour", "pattern", "shape") are dropped."""
+    kept = set(kept)
+    colour, pattern, shape = attributes
+    words = [vocabulary.colours[colour]] if "colour" in kept else []
+    words += [vocabulary.patterns[pattern]] if "pattern" in kept else []
+    return " ".join([*words, vocabulary.shapes[shape] if "shape" in kept else ANY_THING])
+
+
+def stuff_phrase(vocabulary: SceneVocabulary, attributes: tuple[int, int], kept: Iterable[str]) -> str:
+    """Words of a stuff class; attributes that are not in `kept` ("colour", "texture") are dropped."""
+    kept = set(kept)
+    words = [vocabulary.stuff_colours[attributes[0]]] if "colour" in kept else []
+    words += [vocabulary.stuff_textures[attributes[1]]] if "texture" in kept else []
+    return " ".join([*words, STUFF_NOUN])
+
+
+def caption_words() -> list[str]:
+    """All words of the captions of any scene vocabulary, sorted; each is one token."""
+    names = (*THING_COLOURS, *THING_PATTERNS, *THING_SHAPES, *STUFF_COLOURS, *STUFF_TEXTURES, STUFF_NOUN, ANY_THING)
+    grammar = (*QUALITIES, *MEDIA, *SIZES, *OPENINGS, *ARTICLES, *TAILS, *JOINTS)
+    return sorted({word for text in (*names, *grammar) for word in re.findall(r"[a-z]+|[^\sa-z]+", text)})
+
+
+def build_scene_tokenizer(model_max_length: int = 77) -> CLIPTokenizer:
+    """The tokenizer of the scene CLIPs: lower-cased text between start and end token, padded with the end token.
+
+    The merges are built word by word: what the merges so far leave of a word is joined from left to right by new merges. A
+    new merge ranks below all earlier ones, so it cannot change how an earlier word is joined.
+    """
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    alphabet = sorted(ByteLevel.alphabet())
+    pieces = alphabet + [f"{symbol}</w>" for symbol in alphabet]
+    merges: list[tuple[str, str]] = []
+    ranks: dict[tuple[str, str], int] = {}
+    for word in caption_words():
+        left = _apply_merges([*word[:-1], f"{word[-1]}</w>"], ranks)
+        while len(left) > 1:
+            pair = (left[0], left[1])
+            ranks[pair] = len(merges)
+            merges.append(pair)
+            pieces.append("".join(pair))
+            left = ["".join(pair), *left[2:]]
+    vocabulary = {piece: index for index, piece in enumerate([*pieces, BOS, EOS])}
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=model_max_length)
+
+
+def split_words(tokenizer: CLIPTokenizer, texts: Iterable[str]) -> list[str]:
+    """Words of `texts` that the tokenizer has to split, i.e. that no caption contains: the model cannot know them."""
+    words = {word for text in texts for word in re.findall(r"\w+", text.lower())}
+    return sorted(word for word in words if len(tokenizer(word, add_special_tokens=False).input_ids) > 1)
+
+
+def _apply_merges(symbols: list[str], ranks: dict[tuple[str, str], int]) -> list[str]:
+    """Byte-pair encoding of one word: always the pair of lowest rank next."""
+    while True:
+        pairs = [(ranks[pair], index) for index, pair in enumerate(zip(symbols, symbols[1:])) if pair in ranks]
+        if not pairs:
+            return symbols
+        index = min(pairs)[1]
+        symbols = [*symbols[:index], symbols[index] + symbols[index + 1], *symbols[index + 2 :]]

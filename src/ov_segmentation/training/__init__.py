@@ -1,0 +1,1 @@
+"""Training: recipes, the loop, checkpoints, contrastive pre-training on scenes."""
