@@ -14,7 +14,6 @@ import pytest
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[1]
-PACKAGE = ROOT / "src" / "ov_segmentation"
 MEASURE = """
 import json, sys, time
 import transformers.models.auto
@@ -106,8 +105,9 @@ def wheel(tmp_path_factory):
 def test_wheel_holds_the_package_and_its_data(wheel):
     with zipfile.ZipFile(wheel) as archive:
         inside = {name for name in archive.namelist() if not name.split("/")[0].endswith(".dist-info")}
-    expected = [path for pattern in ("*.py", "*.json") for path in PACKAGE.rglob(pattern)]
-    assert inside == {str(path.relative_to(PACKAGE.parent)) for path in expected}
+    source = wheel.parents[1] / "src"
+    expected = [path for pattern in ("*.py", "*.json") for path in (source / "ov_segmentation").rglob(pattern)]
+    assert inside == {str(path.relative_to(source)) for path in expected}
     assert any(name.startswith("ov_segmentation/vocabularies/") for name in inside)
 
 
