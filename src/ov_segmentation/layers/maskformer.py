@@ -17,11 +17,11 @@ from transformers.configuration_utils import SubConfigSpec
 from transformers.models.maskformer.configuration_maskformer import MaskFormerDetrConfig
 from transformers.models.maskformer.modeling_maskformer import (
     MaskFormerDetrDecoderLayer,
-    MaskformerMLPPredictionHead,
     MaskFormerPixelDecoder,
     MaskFormerSinePositionEmbedding,
 )
 
+from .mlp import MLP
 from .resnet_c import ConvNorm, FrozenBatchNorm, ResNetC, ResNetCConfig
 from .swin_backbone import SwinBackbone
 
@@ -122,8 +122,8 @@ class MaskProposalNetwork(nn.Module):
             mask_feature_size=config.mask_size,
         )
         self.query_decoder = QueryDecoder(config, channels[-1])
-        self.mask_head = MaskformerMLPPredictionHead(config.hidden_size, config.hidden_size, config.mask_size, 3)
-        self.embedding_head = MaskformerMLPPredictionHead(
+        self.mask_head = MLP(config.hidden_size, config.hidden_size, config.mask_size, num_layers=3)
+        self.embedding_head = MLP(
             config.hidden_size, config.embedding_hidden_size, embedding_size, config.embedding_layers
         )
 
@@ -161,12 +161,8 @@ def init_mask_proposal_weights(module: nn.Module) -> None:
             if isinstance(part, nn.Linear):
                 init.xavier_uniform_(part.weight)
                 init.zeros_(part.bias)
-    elif isinstance(module, MaskformerMLPPredictionHead):
-        for part in module.modules():
-            if isinstance(part, nn.Linear):
-                bound = part.in_features**-0.5
-                init.uniform_(part.weight, -bound, bound)
-                init.uniform_(part.bias, -bound, bound)
+    elif isinstance(module, MLP):
+        module.init_weights()
 
 
 def _init_convolution(convolution: nn.Conv2d) -> None:

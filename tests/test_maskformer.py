@@ -1,0 +1,119 @@
+"""Backbones, proposals and masked crops of the MaskFormer methods."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from huggingface_hub.errors import StrictDataclassClassValidationError
+from torch.nn.functional import batch_norm, interpolate
+from transformers import SwinConfig
+from transformers.models.swin.modeling_swin import SwinDropPath
+
+from ov_segmentation.layers.mask_crops import cropped_masks, mask_boxes, masked_crops
+from ov_segmentation.layers.maskformer import MaskProposalConfig, MaskProposalNetwork
+from ov_segmentation.layers.resnet_c import FrozenBatchNorm, ResNetC, ResNetCConfig
+from ov_segmentation.layers.swin_backbone import SwinBackbone
+
+TINY_SWIN = {"model_type": "swin", "embed_dim": 8, "depths": [1, 1, 2, 1], "num_heads": [1, 1, 2, 2], "window_size": 4}
+
+
+def tiny_resnet(**changes: object) -> ResNetC:
+    sizes = {"stem_channels": 8, "depths": (1, 1, 1, 3), "widths": (4, 4, 8, 8), "out_channels": (8, 16, 16, 32)}
+    return ResNetC(ResNetCConfig(**{**sizes, **changes})).eval()
+
+
+def make_network(**changes: object) -> MaskProposalNetwork:
+    values = {"backbone_config": TINY_SWIN, "num_queries": 5, "hidden_size": 32, "num_heads": 2, "num_layers": 3}
+    sizes = {"feedforward_size": 16, "pixel_decoder_size": 32, "mask_size": 16, "embedding_hidden_size": 12}
+    return MaskProposalNetwork(MaskProposalConfig(**{**values, **sizes, **changes}), embedding_size=6)
+
+
+def test_swin_drops_both_branches_of_every_block_in_training() -> None:
+    backbone = SwinBackbone(SwinConfig(**{k: v for k, v in TINY_SWIN.items() if k != "model_type"}, drop_path_rate=0.5))
+    calls = []
+    for module in backbone.modules():
+        if isinstance(module, SwinDropPath):
+            module.register_forward_hook(lambda module, _inputs, _output: calls.append(module.drop_prob))
+    backbone.train()(torch.randn(1, 3, 64, 64))
+    rates = torch.linspace(0, 0.5, 5)[1:].tolist()  # the first block's rate is 0: it has nothing to drop
+    assert calls == pytest.approx([rate for rate in rates for _branch in range(2)])
+
+
+@pytest.mark.parametrize("size", [(64, 64), (96, 160), (72, 104)])
+def test_swin_maps_have_their_strides(size: tuple[int, int]) -> None:
+    backbone = SwinBackbone(SwinConfig(**{k: v for k, v in TINY_SWIN.items() if k != "model_type"})).eval()
+    maps = backbone(torch.randn(2, 3, *size))
+    assert [m.shape[1] for m in maps] == backbone.channels == [8, 16, 32, 64]
+    assert [m.shape[-2] for m in maps] == [-(-size[0] // s) for s in (4, 8, 16, 32)]
+
+
+def test_frozen_norm_is_batch_norm_in_evaluation_and_never_counts() -> None:
+    norm = FrozenBatchNorm(4).train()
+    for buffer in norm.buffers():
+        buffer.uniform_(0.5, 2.0)
+    features = torch.randn(2, 4, 3, 3)
+    expected = batch_norm(features, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=1e-5)
+    torch.testing.assert_close(norm(features), expected, atol=1e-6, rtol=1e-5)
+    assert set(norm.state_dict()) == {"weight", "bias", "running_mean", "running_var"}
+    assert not list(norm.parameters())
+
+
+def test_resnet_dilation_keeps_resolution_and_multi_grid_sets_dilations() -> None:
+    plain, dilated = tiny_resnet(), tiny_resnet(stage4_dilation=2)
+    picture = torch.randn(1, 3, 64, 96)
+    assert [tuple(m.shape[-2:]) for m in plain(picture)] == [(16, 24), (8, 12), (4, 6), (2, 3)]
+    assert dilated(picture)[-1].shape[-2:] == (4, 6)
+    assert [block.conv2.conv.dilation[0] for block in plain.stages[3]] == [1, 2, 4]
+    assert [block.conv2.conv.dilation[0] for block in dilated.stages[3]] == [2, 4, 8]
+
+
+def test_resnet_freezes_stem_and_first_stage() -> None:
+    model = tiny_resnet()
+    model.freeze()
+    trained = {name.split(".")[1] for name, p in model.named_parameters() if p.requires_grad and "stages" in name}
+    assert trained == {"1", "2", "3"}
+    assert not any(p.requires_grad for p in model.stem.parameters())
+
+
+def test_resnet_config_says_what_is_wrong() -> None:
+    with pytest.raises(StrictDataclassClassValidationError, match="one factor for each of the 2 bottlenecks"):
+        ResNetCConfig(depths=(1, 1, 1, 2))
+
+
+def test_deep_supervision_does_not_change_the_output() -> None:
+    network = make_network().eval()
+    picture = torch.randn(2, 3, 64, 64)
+    alone, layers = network(picture), network(picture, all_layers=True)
+    assert len(alone) == 1 and len(layers) == 3
+    assert torch.equal(alone[0].mask_logits, layers[-1].mask_logits)
+    assert torch.equal(alone[0].embeddings, layers[-1].embeddings)
+    assert alone[0].embeddings.shape == (2, 5, 6) and alone[0].mask_logits.shape == (2, 5, 16, 16)
+
+
+@pytest.mark.parametrize("fill", [None, torch.tensor([0.5, -1.0, 2.0])])
+def test_masked_crops_equal_cropping_first_and_resizing_then(fill: torch.Tensor | None) -> None:
+    generator = torch.Generator().manual_seed(0)
+    picture = torch.randn(3, 40, 56, generator=generator)
+    masks = torch.zeros(4, 40, 56, dtype=torch.bool)
+    masks[0, 5:30, 10:50] = torch.rand(25, 40, generator=generator) > 0.5
+    masks[1] = True
+    masks[2, 39, 55] = True
+    masks[3, 0, 3:9] = True
+    boxes = mask_boxes(masks)
+    crops, small = masked_crops(picture, masks, boxes, 24, fill), cropped_masks(masks, boxes, 24)
+    background = torch.zeros(3) if fill is None else fill
+    for mask, (x0, y0, x1, y1), crop, small_mask in zip(masks, boxes.tolist(), crops, small, strict=True):
+        ys, xs = mask.nonzero().unbind(1)
+        assert [x0, y0, x1, y1] == [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]
+        filled = torch.where(mask, picture, background[:, None, None])[None, :, y0:y1, x0:x1]
+        expected = interpolate(filled, size=(24, 24), mode="bicubic", align_corners=False)[0]
+        torch.testing.assert_close(crop, expected, atol=1e-5, rtol=1e-5)
+        nearest = interpolate(mask[None, None, y0:y1, x0:x1].float(), size=(24, 24), mode="nearest")[0, 0]
+        assert torch.equal(small_mask, nearest.bool())
+
+
+def test_expanded_boxes_stay_on_the_picture() -> None:
+    masks = torch.zeros(2, 20, 30, dtype=torch.bool)
+    masks[0, 8:12, 10:20] = True
+    masks[1, 0:10, 0:30] = True
+    assert mask_boxes(masks, 1.5).tolist() == [[7, 7, 22, 13], [0, 0, 30, 12]]
