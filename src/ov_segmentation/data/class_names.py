@@ -1,8 +1,8 @@
 """Class names of a Hugging Face dataset for segmentation: where they are written and where they are looked for.
 
-An `Image` feature cannot hold names, and a dataset's description does not survive parquet: only features do (in the schema's
-metadata). So the names sit in a column `classes` of type `List(ClassLabel(names=...))`, whose value in a row is the list of
-the classes that are in that row's label map. `to_parquet`, `save_to_disk`, `push_to_hub` and `load_dataset` all keep it.
+An `Image` feature cannot hold names, and a dataset's description does not survive parquet: only features do (in the
+schema's metadata). So the names sit in a column `classes` of type `List(ClassLabel(names=...))`, whose value in a row
+is the list of the classes in that row's label map. `to_parquet`, `save_to_disk`, `push_to_hub` and `load_dataset` keep it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def class_names(dataset: Any) -> list[str]:
     found = [_names_of(split.features) for split in splits]
     if any(names is None for names in found) or not found:
         raise ValueError(
-            f"This dataset has no column {CLASSES_COLUMN!r} of type List(ClassLabel), the place where class names are kept. "
+            f"This dataset has no column {CLASSES_COLUMN!r} of type List(ClassLabel), where class names are kept. "
             "Give the class names yourself, or add them with ov_segmentation.data.class_names.with_class_names."
         )
     if any(names != found[0] for names in found):

@@ -1,8 +1,8 @@
 """Captions of scene crops and the tokenizer that reads them.
 
-The tokenizer is a `CLIPTokenizer` with an own, tiny byte-pair vocabulary: every word of the captions is one token, any other
-word falls apart into known pieces, down to single bytes, so that no text is refused. Captions now and then contain made-up
-words, which teaches the text tower not to mind them.
+The tokenizer is a `CLIPTokenizer` with an own, tiny byte-pair vocabulary: every word of the captions is one token, any
+other word falls apart into known pieces, down to single bytes, so that no text is refused. Captions now and then hold
+made-up words, which teaches the text tower not to mind them.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import random
 import re
 import string
 from collections.abc import Iterable
+from itertools import pairwise
 
 from transformers import CLIPTokenizer
 
@@ -43,7 +44,7 @@ BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 
 
 def write_caption(phrase: str, generator: random.Random) -> str:
-    """A sentence around a phrase such as "red striped circle": bare, with an article, or as the picture of something."""
+    """A sentence around a phrase such as "red striped circle": bare, with an article, or as a picture of it."""
     draw = generator.random()
     if draw < 0.15:
         return phrase
@@ -88,8 +89,8 @@ def caption_words() -> list[str]:
 def build_scene_tokenizer(model_max_length: int = 77) -> CLIPTokenizer:
     """The tokenizer of the scene CLIPs: lower-cased text between start and end token, padded with the end token.
 
-    The merges are built word by word: what the merges so far leave of a word is joined from left to right by new merges. A
-    new merge ranks below all earlier ones, so it cannot change how an earlier word is joined.
+    The merges are built word by word: what the merges so far leave of a word is joined, left to right, by new merges.
+    A new merge ranks below all earlier ones, so it cannot change how an earlier word is joined.
     """
     from tokenizers.pre_tokenizers import ByteLevel
 
@@ -118,7 +119,7 @@ def split_words(tokenizer: CLIPTokenizer, texts: Iterable[str]) -> list[str]:
 def _apply_merges(symbols: list[str], ranks: dict[tuple[str, str], int]) -> list[str]:
     """Byte-pair encoding of one word: always the pair of lowest rank next."""
     while True:
-        pairs = [(ranks[pair], index) for index, pair in enumerate(zip(symbols, symbols[1:])) if pair in ranks]
+        pairs = [(ranks[pair], index) for index, pair in enumerate(pairwise(symbols)) if pair in ranks]
         if not pairs:
             return symbols
         index = min(pairs)[1]

@@ -60,7 +60,7 @@ def _regular_points(radii: list[float]) -> list[tuple[float, float]]:
 
 @lru_cache(maxsize=1)
 def shape_outlines() -> tuple[torch.Tensor, torch.Tensor]:
-    """Outline radii [shapes, NUM_ANGLES] and inner radii [shapes] (0 but for the ring), in units of the object's radius."""
+    """Outline radii [shapes, NUM_ANGLES] and inner radii [shapes] (0 but for the ring); the object's radius is 1."""
     arm = 0.34
     heart = []
     for index in range(96):

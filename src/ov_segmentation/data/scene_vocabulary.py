@@ -1,8 +1,8 @@
 """Names of the synthetic scenes: things are (colour, pattern, shape), stuff is (colour, texture), in three tiers.
 
 A name is a composition of attribute words, so a model can be asked for compositions it never met. The tiers say who has
-met a class: `a` captions and segmentation training, `b` captions only (as most "unseen" classes of real benchmarks, which
-CLIP's training has seen), `c` neither.
+met a class: `a` captions and segmentation training, `b` captions only (as most "unseen" classes of real benchmarks,
+which CLIP's training has seen), `c` neither.
 """
 
 from __future__ import annotations
@@ -146,9 +146,9 @@ class SceneVocabulary:
 def _hold_out(attributes: Sequence[tuple[int, ...]], count: int, seed: int) -> list[str]:
     """Tiers of compositions: `count` in b, `count` in c, the rest in a, where what a model composes from stays visible.
 
-    Of things every attribute PAIR (colour x pattern, pattern x shape, colour x shape) keeps at least two members in tier a;
-    of stuff, which is a pair itself, every single attribute keeps at least half of its members. Greedy over a shuffled
-    order, b and c in turn; a few orders are tried.
+    Of things every attribute PAIR (colour x pattern, pattern x shape, colour x shape) keeps at least two members in
+    tier a; of stuff, which is a pair itself, every single attribute keeps at least half of its members. Greedy over a
+    shuffled order, b and c in turn; a few orders are tried.
     """
     arity = len(attributes[0])
     subsets = list(itertools.combinations(range(arity), arity - 1))

@@ -1,7 +1,7 @@
 """Synthetic scenes: textured shapes on stuff regions, with exact label maps and captions, rendered from a seed.
 
-Nothing is stored: scene number i of a seed is the same picture in every run, whatever the batch size, because scenes are
-rendered in blocks of fixed size and every block has its own random generator. One thread renders about a thousand a second.
+Nothing is stored: scene number i of a seed is the same picture in every run, whatever the batch size, because scenes
+are rendered in blocks of fixed size and every block has its own random generator. One thread renders hundreds a second.
 """
 
 from __future__ import annotations
@@ -10,9 +10,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
-import numpy as np
 import torch
 
 from .scene_drawing import STUFF_RGB, THING_RGB, pattern_field, shape_alpha, texture_field
@@ -72,8 +70,8 @@ class SceneGenerator:
 
     Args:
         vocabulary: the classes, a [`SceneVocabulary`].
-        size: side of a scene in pixels; everything drawn scales with it, but for textures and patterns, whose periods are
-            pixels (a larger scene shows more of them).
+        size: side of a scene in pixels; everything drawn scales with it, but for textures and patterns, whose periods
+            are pixels (a larger scene shows more of them).
         seed: any non-negative integer.
         tiers: tiers whose classes are drawn, as objects and as background alike, so that nothing else can leak.
         geometry: "easy" (default) or "hard" (smaller objects, more rotation and distortion).
@@ -275,64 +273,6 @@ class SceneGenerator:
 
 
 def scene_caption(things: Sequence[str], stuff: Sequence[str]) -> str:
-    """ "a X and a Y on S and T". The article is always "a": prompt templates write "a {}" for every name, too."""
+    """Sentence "a X and a Y on S and T". The article is always "a", as in prompt templates ("a {}" for every name)."""
     parts = [" and ".join(f"a {name}" for name in things), " and ".join(stuff)]
     return " on ".join(part for part in parts if part)
-
-
-def scenes_dataset(
-    num: int,
-    seed: int = 0,
-    tiers: Sequence[str] = ("a", "b", "c"),
-    vocabulary: SceneVocabulary | None = None,
-    size: int = REFERENCE_SIZE,
-    geometry: str = "easy",
-    **dataset_options: Any,
-) -> Any:
-    """Scenes as a Hugging Face `datasets.Dataset`, as any user's data would come.
-
-    Columns: `image` (PNG), `annotation` (PNG of class indices; 16 bit where the vocabulary has more than 255 classes),
-    `file_name`, `classes` (indices of the classes in the picture; its feature holds the names, see
-    [`ov_segmentation.data.class_names`]) and `caption`.
-
-    Args:
-        num: number of scenes.
-        seed, tiers, size, geometry: as for [`SceneGenerator`].
-        vocabulary: default [`SceneVocabulary.small`].
-        dataset_options: passed to `Dataset.from_generator` (`cache_dir`, `writer_batch_size`, ...).
-    """
-    from datasets import Dataset, Value
-
-    from .class_names import segmentation_features
-
-    vocabulary = vocabulary or SceneVocabulary.small()
-    options = {
-        "num": num,
-        "seed": seed,
-        "tiers": tuple(tiers),
-        "vocabulary": vocabulary,
-        "size": size,
-        "geometry": geometry,
-    }
-    features = segmentation_features(vocabulary.names, caption=Value("string"))
-    return Dataset.from_generator(_scene_rows, features=features, gen_kwargs=options, **dataset_options)
-
-
-def _scene_rows(
-    num: int, seed: int, tiers: tuple[str, ...], vocabulary: SceneVocabulary, size: int, geometry: str
-) -> Iterator[dict[str, Any]]:
-    generator = SceneGenerator(vocabulary, size=size, seed=seed, tiers=tiers, geometry=geometry)
-    map_type = np.uint8 if len(vocabulary.names) <= 255 else np.uint16
-    number = 0
-    for batch in generator.batches(BLOCK, num):
-        images = batch.images.permute(0, 2, 3, 1).numpy()
-        maps = batch.label_maps.numpy().astype(map_type)
-        for image, label_map, caption in zip(images, maps, batch.captions, strict=True):
-            yield {
-                "image": image,
-                "annotation": label_map,
-                "file_name": f"scene_{'-'.join(tiers)}_{seed}_{number:06d}.png",
-                "classes": np.unique(label_map).tolist(),
-                "caption": caption,
-            }
-            number += 1

@@ -1,7 +1,7 @@
 """A small convolutional trunk in the place of CLIP's patch embedding, for CLIPs trained from nothing.
 
-Early convolutions let a small ViT learn from little data (Xiao et al., "Early Convolutions Help Transformers See Better",
-2021); with a patch embedding alone, shape is learnt several times later. Weights from the Hub never need it.
+Early convolutions let a small ViT learn from little data (Xiao et al., "Early Convolutions Help Transformers See
+Better", 2021); with a patch embedding alone, shape is learnt several times later. Weights from the Hub never need it.
 """
 
 from __future__ import annotations
@@ -155,14 +155,14 @@ def install_clip_stem(clip_model: PreTrainedModel, stem_config: CLIPStemConfig |
     wrong = [f"{name} {given[name]} (CLIP's is {expected[name]})" for name in given if given[name] != expected[name]]
     if wrong:
         raise ValueError(
-            f"clip_stem does not fit clip_config.vision_config: {', '.join(wrong)}. stride is 2 ** len(hidden_sizes) and "
-            "has to equal patch_size, width is the last hidden size and has to equal hidden_size."
+            f"clip_stem does not fit clip_config.vision_config: {', '.join(wrong)}. stride is 2 ** len(hidden_sizes) "
+            "and has to equal patch_size, width is the last hidden size and has to equal hidden_size."
         )
     clip_model.vision_model.embeddings.patch_embedding = CLIPStem(stem_config)
 
 
 class CLIPModelWithStem(CLIPModel):
-    """A `CLIPModel` whose config may carry `clip_stem`, a [`CLIPStemConfig`] as a dict; without one it is a `CLIPModel`.
+    """A `CLIPModel` whose config may carry `clip_stem`, a [`CLIPStemConfig`] as a dict; without it a plain one.
 
     The folder of such a model says `model_type: clip`, so tokenizer and image processor load as any CLIP's do.
     """
@@ -174,7 +174,7 @@ class CLIPModelWithStem(CLIPModel):
 
 
 def load_clip(name_or_path: str | os.PathLike, **kwargs: Any) -> CLIPModel:
-    """Load a CLIP from a folder or the Hub, with or without a stem. `from_clip` of the ViT methods reads it through this.
+    """Load a CLIP from a folder or the Hub, with or without a stem; for `from_clip` of the ViT methods.
 
     Args:
         name_or_path: what `CLIPModel.from_pretrained` takes.
@@ -187,7 +187,7 @@ def load_clip(name_or_path: str | os.PathLike, **kwargs: Any) -> CLIPModel:
 
 
 def split_clip_config(config: CLIPConfig) -> tuple[CLIPConfig, dict[str, Any] | None]:
-    """Split the configuration of [`load_clip`]'s model into (`clip_config`, `clip_stem`) as our methods' configs hold them."""
+    """Split the configuration of [`load_clip`]'s model into (`clip_config`, `clip_stem`), as our methods hold them."""
     values = config.to_dict()
     stem = values.pop("clip_stem", None)
     return CLIPConfig.from_dict(values), stem

@@ -1,4 +1,4 @@
-"""A ConvNeXt CLIP of transformers' parts: `ConvNextModel` and `CLIPTextModelWithProjection` with a common embedding space.
+"""A ConvNeXt CLIP of transformers' parts: `ConvNextModel` and `CLIPTextModelWithProjection` with a common space.
 
 It is what SED is built on (the original: OpenCLIP's ConvNeXt, Liu et al., "A ConvNet for the 2020s", 2022).
 """
@@ -29,7 +29,7 @@ class ConvNextCLIPConfig(PreTrainedConfig):
     """Configuration of [`ConvNextCLIPModel`].
 
     Args:
-        vision_config: a `ConvNextConfig`; its `layer_norm_eps` has to be 1e-6, as in OpenCLIP (transformers' default differs).
+        vision_config: a `ConvNextConfig`; its `layer_norm_eps` has to be 1e-6, as OpenCLIP's (not transformers' default).
         text_config: a `CLIPTextConfig`; its `projection_dim` is the width of the common space.
         logit_scale_init_value: logarithm of the initial temperature factor.
     """
@@ -76,7 +76,7 @@ class ConvNextCLIPModel(PreTrainedModel):
             init.constant_(module.logit_scale, self.config.logit_scale_init_value)
 
     def get_image_features(self, pixel_values: torch.Tensor) -> BaseModelOutputWithPooling:
-        """`pooler_output` [B, D]: projection of the normalised mean of the last map; `last_hidden_state` is that map."""
+        """`pooler_output` [B, D]: projection of the normalised mean of `last_hidden_state`, the last map."""
         outputs = self.vision_model(pixel_values)
         return BaseModelOutputWithPooling(
             last_hidden_state=outputs.last_hidden_state, pooler_output=self.visual_projection(outputs.pooler_output)

@@ -1,7 +1,7 @@
 """Contrastive training of a small CLIP on captioned crops of synthetic scenes (Radford et al., 2021, section 2.3).
 
-InfoNCE both ways, with one change: a caption that happens to be true of another picture of the batch is no negative, it is
-left out of that picture's sum. On scenes about half the crops have such a twin.
+InfoNCE both ways, with one change: a caption that happens to be true of another picture of the batch is no negative, it
+is left out of that picture's sum. On scenes about half the crops have such a twin.
 """
 
 from __future__ import annotations

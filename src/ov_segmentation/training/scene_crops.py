@@ -1,7 +1,8 @@
 """Pairs of picture and caption for contrastive training, cropped from a bank of synthetic scenes.
 
-Three kinds of crops: one object, one piece of stuff, a window with several objects (crops of one object bind attributes to
-objects, windows bring context). Only classes of the bank's tiers are in it, so no other composition can reach a caption.
+Three kinds of crops: one object, one piece of stuff, a window with several objects (crops of one object bind attributes
+to objects, windows bring context). Only classes of the bank's tiers are in it, so no other composition can reach a
+caption.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from torch.nn import functional as F
 
 from ..data.scene_captions import stuff_phrase, thing_phrase, write_caption
-from ..data.scenes import BLOCK, SceneBatch, SceneGenerator, scene_caption
+from ..data.scenes import BLOCK, SceneGenerator, scene_caption
 
 GRID = 14
 MAX_MENTIONS = 7
@@ -113,7 +114,7 @@ class SceneCrops:
         captions, accepted = self._describe(boxes, classes, counts, words)
         return CropBatch(images, captions, self._fits(present, accepted), classes)
 
-    # ------------------------------------------------------------------ where to look: boxes [n, 4] = scene, x, y, half side
+    # ---------------------------------------------------------- where to look: boxes [n, 4] = scene, x, y, half side
 
     def _object_boxes(
         self, number: int, hard: bool, generator: torch.Generator, words: random.Random

@@ -1,0 +1,69 @@
+"""Synthetic scenes as a Hugging Face dataset, in the form in which users' own data comes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from .scene_vocabulary import SceneVocabulary
+from .scenes import BLOCK, REFERENCE_SIZE, SceneGenerator
+
+
+def scenes_dataset(
+    num: int,
+    seed: int = 0,
+    tiers: Sequence[str] = ("a", "b", "c"),
+    vocabulary: SceneVocabulary | None = None,
+    size: int = REFERENCE_SIZE,
+    geometry: str = "easy",
+    **dataset_options: Any,
+) -> Any:
+    """Scenes as a Hugging Face `datasets.Dataset`, as any user's data would come.
+
+    Columns: `image` (PNG), `annotation` (PNG of class indices; 16 bit where the vocabulary has more than 255 classes),
+    `file_name`, `classes` (indices of the classes in the picture; its feature holds the names, see
+    [`ov_segmentation.data.class_names`]) and `caption`.
+
+    Args:
+        num: number of scenes.
+        seed, tiers, size, geometry: as for [`SceneGenerator`].
+        vocabulary: default [`SceneVocabulary.small`].
+        dataset_options: passed to `Dataset.from_generator` (`cache_dir`, `writer_batch_size`, ...).
+    """
+    from datasets import Dataset, Value
+
+    from .class_names import segmentation_features
+
+    vocabulary = vocabulary or SceneVocabulary.small()
+    options = {
+        "num": num,
+        "seed": seed,
+        "tiers": tuple(tiers),
+        "vocabulary": vocabulary,
+        "size": size,
+        "geometry": geometry,
+    }
+    features = segmentation_features(vocabulary.names, caption=Value("string"))
+    return Dataset.from_generator(_scene_rows, features=features, gen_kwargs=options, **dataset_options)
+
+
+def _scene_rows(
+    num: int, seed: int, tiers: tuple[str, ...], vocabulary: SceneVocabulary, size: int, geometry: str
+) -> Iterator[dict[str, Any]]:
+    generator = SceneGenerator(vocabulary, size=size, seed=seed, tiers=tiers, geometry=geometry)
+    map_type = np.uint8 if len(vocabulary.names) <= 255 else np.uint16
+    number = 0
+    for batch in generator.batches(BLOCK, num):
+        images = batch.images.permute(0, 2, 3, 1).numpy()
+        maps = batch.label_maps.numpy().astype(map_type)
+        for image, label_map, caption in zip(images, maps, batch.captions, strict=True):
+            yield {
+                "image": image,
+                "annotation": label_map,
+                "file_name": f"scene_{'-'.join(tiers)}_{seed}_{number:06d}.png",
+                "classes": np.unique(label_map).tolist(),
+                "caption": caption,
+            }
+            number += 1
