@@ -16,7 +16,7 @@ from transformers.pipelines import PIPELINE_REGISTRY, Pipeline
 from transformers.utils import logging
 
 from .auto import AutoModelForOpenVocabularySegmentation
-from .pipeline_inputs import Preparation, Prepared, is_single, prepared_dataset
+from .pipeline_inputs import TIMEOUT, Preparation, Prepared, is_single, prepared_dataset
 from .vocabulary import Vocabulary, resolve_background, split_names
 
 logger = logging.get_logger(__name__)
@@ -59,9 +59,8 @@ class OpenVocabularySegmentationPipeline(Pipeline):
             raise TypeError(f"{type(model).__name__} is not a model for {TASK}.")
         if not isinstance(processor, OpenVocabularySegmentationProcessor):
             raise TypeError(
-                f"This pipeline needs a processor with a tokenizer, got {type(processor).__name__}. With a model instance "
-                f"pass processor= too; if the folder holds no tokenizer, pass processor=<Method>Processor(image_processor, "
-                f"tokenizer)."
+                f"This pipeline needs a processor with a tokenizer, got {type(processor).__name__}. Pass processor=: "
+                f"the one saved with the model, or <Method>Processor(image_processor, tokenizer) where that has none."
             )
         self._tokens = lru_cache(CACHED_VOCABULARIES)(self._tokenize)
         super().__init__(model, processor=processor, **kwargs)
@@ -72,8 +71,8 @@ class OpenVocabularySegmentationPipeline(Pipeline):
         switches = self.model.switches | self.model.picture_switches
         if unknown := sorted(set(options) - set(OPTIONS) - switches):
             raise TypeError(
-                f"The pipeline does not take {', '.join(unknown)}. It takes {', '.join(OPTIONS)}, batch_size, num_workers, "
-                f"and the switches of {type(self.model).__name__}: {', '.join(sorted(switches)) or 'none'}."
+                f"The pipeline does not take {', '.join(unknown)}. It takes {', '.join(OPTIONS)}, batch_size, "
+                f"num_workers; switches of {type(self.model).__name__}: {', '.join(sorted(switches)) or 'none'}."
             )
         if options.get("candidate_labels") is None:
             options.pop("candidate_labels", None)
@@ -107,15 +106,14 @@ class OpenVocabularySegmentationPipeline(Pipeline):
         """Segment one picture, or several.
 
         Args:
-            inputs: a picture: path, http(s) URL, base64 text, data URI, bytes of a file, PIL picture, array or tensor
-                (height x width x 3 or 3 x height x width); a dict `{"image": picture, "candidate_labels": names}` for
-                names of its own; or a list, tuple, dataset (of pictures, or of rows with a column "image") or generator
-                of such.
+            inputs: a picture: path, http(s) URL, base64 text, data URI, PIL picture, array or tensor (height x width x
+                3 or 3 x height x width); a dict `{"image": picture, "candidate_labels": names}` for its own names; or
+                a list, tuple, dataset (of pictures, or of rows with a column "image") or generator of such.
             candidate_labels, options: see the class.
 
         Returns:
-            Per picture, with `output_type="masks"`, in the caller's order of classes and without those that own no pixel,
-            `[{"score": mean confidence, "label": str, "mask": PIL "L" picture of 0 and 255}, ...]`; with "map"
+            Per picture, with `output_type="masks"`, `[{"score": mean confidence, "label": str, "mask": PIL "L" picture
+            of 0 and 255}, ...]` in the caller's order of classes, without those that own no pixel; with "map"
             `{"segmentation": int32 [H, W], -1 = unlabelled, "labels": all K, "scores": K floats, 0 for absent}`.
             A list for a list or tuple; an iterator for a dataset or generator.
         """
@@ -141,7 +139,7 @@ class OpenVocabularySegmentationPipeline(Pipeline):
         results = Results(loader, segment)
         return list(results) if isinstance(inputs, (list, tuple, np.ndarray, torch.Tensor)) else results
 
-    def preprocess(self, inputs: Any, timeout: float | None = None) -> Prepared:
+    def preprocess(self, inputs: Any, timeout: float | None = TIMEOUT) -> Prepared:
         """Load one picture and run the image processor on it."""
         return Preparation(self.processor.image_processor, timeout)(inputs)
 

@@ -20,6 +20,7 @@ from torch import nn
 
 TOKENS_PER_CHUNK = 16_384
 CACHED_VOCABULARIES = 8
+SAMPLES_PER_WEIGHT = 32
 
 # (input_ids [n, l], end positions [n]) -> projected, unnormalised features [n, D]
 TextFeatures = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -104,7 +105,7 @@ class TextEmbeddingCache:
     """Embeddings of whole vocabularies, in memory (the most recent few) and, when a folder is given, on disk.
 
     Memory entries are bound to the state of the weights: an optimizer step or a loaded checkpoint makes them miss.
-    Files are keyed by a hash of the weights' bytes and of the token ids.
+    Files are keyed by a hash of the weights' bytes, of what is computed with them, and of the token ids.
     """
 
     def __init__(self) -> None:
@@ -118,16 +119,26 @@ class TextEmbeddingCache:
         parameters: Iterable[torch.Tensor],
         compute: Callable[[], torch.Tensor],
         folder: str | os.PathLike | None = None,
+        recipe: str = "",
     ) -> torch.Tensor:
-        """The cached embeddings of these ids under these weights, or `compute()`, kept for the next time."""
+        """The cached embeddings of these ids under these weights, or `compute()`, kept for the next time.
+
+        `recipe` names what `compute` does with the weights (two models may hold the same ones), for the files.
+        """
         parameters = list(parameters)
-        state = tuple((p.data_ptr(), p._version, p.dtype, str(p.device)) for p in parameters if not p.is_inference())
+        state = _weights_state(parameters)
         key = _hash_tensors([input_ids] if attention_mask is None else [input_ids, attention_mask])
         if key in self._entries and self._entries[key][0] == state:
             self._entries.move_to_end(key)
             return self._entries[key][1]
-        embeds = self._from_disk(key, state, parameters, compute, Path(folder)) if folder else compute()
+        # an inference tensor would be of no use to a later training step
+        with torch.inference_mode(False), torch.no_grad():
+            if folder:
+                embeds = self._from_disk(key, state, parameters, compute, Path(folder), recipe)
+            else:
+                embeds = compute()
         self._entries[key] = (state, embeds)
+        self._entries.move_to_end(key)
         while len(self._entries) > CACHED_VOCABULARIES:
             self._entries.popitem(last=False)
         return embeds
@@ -143,22 +154,42 @@ class TextEmbeddingCache:
         parameters: list[torch.Tensor],
         compute: Callable[[], torch.Tensor],
         folder: Path,
+        recipe: str,
     ) -> torch.Tensor:
         if self._digest is None or self._digest[0] != state:
             self._digest = (state, _hash_tensors(parameters))
-        path = folder / f"{hashlib.sha256((self._digest[1] + key).encode()).hexdigest()}.safetensors"
+        name = hashlib.sha256(f"{self._digest[1]} {key} {_autocast_dtype(parameters)} {recipe}".encode()).hexdigest()
+        path = folder / f"{name}.safetensors"
         device = parameters[0].device
         if path.exists():
             try:
                 return load_file(path)["text_embeds"].to(device)
             except (SafetensorError, KeyError):
-                path.unlink()  # written by a process that died: make it again
+                path.unlink(missing_ok=True)  # written by a process that died: make it again
         embeds = compute()
         folder.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(f".{os.getpid()}.tmp")
         save_file({"text_embeds": embeds.detach().cpu().contiguous()}, partial)
         partial.replace(path)
         return embeds
+
+
+def _weights_state(parameters: list[torch.Tensor]) -> tuple:
+    """Changes whenever the weights, or the precision they are used at, do.
+
+    Versions count changes in place, but not those made through `.data`, and a freed address may be taken again:
+    hence the samples.
+    """
+    samples = torch.cat([p.detach().flatten()[:: max(1, p.numel() // SAMPLES_PER_WEIGHT)].float() for p in parameters])
+    counters = tuple(
+        (p.data_ptr(), None if p.is_inference() else p._version, p.dtype, str(p.device)) for p in parameters
+    )
+    return counters, samples.cpu().numpy().tobytes(), _autocast_dtype(parameters)
+
+
+def _autocast_dtype(parameters: list[torch.Tensor]) -> torch.dtype | None:
+    kind = parameters[0].device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
 def _hash_tensors(tensors: Iterable[torch.Tensor]) -> str:
