@@ -1,0 +1,58 @@
+"""Text prompts with learned context vectors: start, context, name, full stop, end.
+
+Context optimisation (CoOp) comes from Zhou et al., "Learning to Prompt for Vision-Language Models" (2022), section 3.2.
+SimBaseline (Xu et al., 2022, section 3.3) and DeOP (Han et al., 2023, section 3.3) learn them on region crops.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from transformers import CLIPTextModel
+from transformers.masking_utils import create_causal_mask
+
+
+class LearnedPrompt(nn.Module):
+    """Context vectors put between the start token and the class name, and a full stop behind it.
+
+    Args:
+        num_vectors: M context vectors.
+        hidden_size: width of the text transformer.
+        dot_token_id: token of the full stop.
+    """
+
+    def __init__(self, num_vectors: int, hidden_size: int, dot_token_id: int) -> None:
+        super().__init__()
+        self.dot_token_id = dot_token_id
+        self.context = nn.Parameter(torch.zeros(num_vectors, hidden_size))
+
+    def encode(
+        self, text_model: CLIPTextModel, projection: nn.Module, input_ids: torch.Tensor, ends: torch.Tensor
+    ) -> torch.Tensor:
+        """Projected features `[n, D]`, not normalised, of bare names `[n, l]` whose end tokens stand at `ends` `[n]`.
+
+        A name that leaves no room for the context is cut at its end.
+        """
+        num_vectors = len(self.context)
+        room = text_model.config.max_position_embeddings - num_vectors - 1
+        rows = torch.arange(len(input_ids), device=input_ids.device)
+        end_ids = input_ids[rows, ends]
+        input_ids, ends = input_ids[:, :room], ends.clamp(max=room - 1)
+        ids = torch.cat(
+            [input_ids[:, :1].expand(-1, 1 + num_vectors), input_ids[:, 1:], torch.zeros_like(input_ids[:, :1])], dim=1
+        )
+        ids[rows, ends + num_vectors] = self.dot_token_id
+        ends = ends + num_vectors + 1
+        ids[rows, ends] = end_ids
+        embeds = text_model.embeddings.token_embedding(ids)
+        context = self.context.to(embeds.dtype).expand(len(ids), -1, -1)
+        embeds = torch.cat([embeds[:, :1], context, embeds[:, 1 + num_vectors :]], dim=1)
+        return projection(_run_text_model(text_model, embeds)[rows, ends])
+
+
+def _run_text_model(text_model: CLIPTextModel, inputs_embeds: torch.Tensor) -> torch.Tensor:
+    """`CLIPTextModel.forward` from token embeddings `[n, l, W]` on, which it does not offer itself."""
+    hidden = text_model.embeddings(inputs_embeds=inputs_embeds)
+    mask = create_causal_mask(config=text_model.config, inputs_embeds=hidden, attention_mask=None, past_key_values=None)
+    hidden = text_model.encoder(inputs_embeds=hidden, attention_mask=mask, is_causal=True).last_hidden_state
+    return text_model.final_layer_norm(hidden)

@@ -1,0 +1,271 @@
+"""OVSeg: masks from MaskFormer, classes from a CLIP that has been adapted to masked crops."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import interpolate, normalize
+from transformers import initialization as init
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+from ...layers.learned_prompts import LearnedPrompt
+from ...layers.mask_crops import cropped_masks, mask_boxes, masked_crops
+from ...layers.mask_prompts import DeepPrompts, MaskPrompts, encode_crops
+from ...layers.maskformer import MaskProposalNetwork, MaskProposals, init_mask_proposal_weights
+from ...losses import MaskClassificationCriterion, Prediction, sum_losses
+from ...modeling_base import OpenVocabularySegmentationModel
+from ...modeling_outputs import ImageState, OpenVocabularySegmentationOutput
+from .configuration_ovseg import OVSegConfig
+
+
+@dataclass
+class OVSegImageState(ImageState):
+    """Proposals and what CLIP sees in them.
+
+    Args:
+        proposal_embeddings: `[B, N, D]`, not normalised.
+        mask_logits: `[B, N, h, w]`.
+        crop_features: `[B, N, D]`, L2-normalised; zero for invalid proposals. None without CLIP's part.
+        valid: bool `[B, N]`: proposals with a pixel above the threshold.
+        auxiliary: proposals of the layers before the last, for training.
+    """
+
+    proposal_embeddings: torch.Tensor | None = None
+    mask_logits: torch.Tensor | None = None
+    crop_features: torch.Tensor | None = None
+    valid: torch.Tensor | None = None
+    auxiliary: list[MaskProposals] | None = None
+
+
+class OVSegForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
+    """OVSeg (Liang et al., 2023); with `prompt_type="none"` SimBaseline (Xu et al., 2022)."""
+
+    config: OVSegConfig
+    switches = frozenset({"ensemble_weight", "class_is_seen"})
+    picture_switches = frozenset({"crop_batch_size", "ensemble_weight"})
+    _no_split_modules = ["CLIPEncoderLayer", "SwinStage", "Bottleneck", "MaskFormerDetrDecoderLayer"]
+
+    def __init__(self, config: OVSegConfig) -> None:
+        super().__init__(config)
+        vision = config.clip_config.vision_config
+        self.clip = self.build_clip(config)
+        self.proposal_network = MaskProposalNetwork(config.mask_config, config.clip_config.projection_dim)
+        self.no_object_embedding = nn.Parameter(torch.zeros(1, config.clip_config.projection_dim))
+        num_patches = (config.crop_size // vision.patch_size) ** 2
+        self.visual_prompts = None
+        if config.prompt_type == "mask":
+            self.visual_prompts = MaskPrompts(config.prompt_depth, num_patches, vision.hidden_size)
+        elif config.prompt_type == "deep":
+            self.visual_prompts = DeepPrompts(config.prompt_depth, config.num_deep_prompts, vision.hidden_size)
+        self.text_prompt = None
+        if config.num_context_vectors:
+            text_width = config.clip_config.text_config.hidden_size
+            self.text_prompt = LearnedPrompt(config.num_context_vectors, text_width, config.dot_token_id)
+        weights = {"mask": config.mask_weight, "dice": config.dice_weight}
+        self.criterion = MaskClassificationCriterion(
+            costs={"class": config.class_weight, **weights},
+            weights={"ce": config.class_weight, **weights},
+            mask_loss="focal",
+            no_object_weight=config.no_object_weight,
+            normalise_per_process=config.normalise_per_process,
+        )
+        self.post_init()
+        self.freeze_pretrained()
+
+    def freeze_pretrained(self) -> None:
+        """MaskFormer's part is trained here (section 3.1); CLIP and its prompts have a training of their own."""
+        self.requires_grad_(True)
+        self.clip.requires_grad_(False)
+        for prompt in (self.visual_prompts, self.text_prompt):
+            if prompt is not None:
+                prompt.requires_grad_(False)
+        self.proposal_network.backbone.freeze()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        init_mask_proposal_weights(module)
+        if isinstance(module, (MaskPrompts, DeepPrompts)):
+            init.normal_(module.embedding, std=0.02)
+        elif isinstance(module, LearnedPrompt):
+            init.normal_(module.context, std=0.02)
+        elif module is self:
+            init.normal_(self.no_object_embedding, std=self.config.clip_config.text_config.hidden_size**-0.5)
+
+    def _text_parameters(self) -> list[nn.Parameter]:
+        own = [] if self.text_prompt is None else [self.text_prompt.context]
+        return super()._text_parameters() + own
+
+    def _text_features(self, input_ids: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+        if self.text_prompt is None:
+            return super()._text_features(input_ids, ends)
+        return self.text_prompt.encode(*self.text_tower, input_ids, ends)
+
+    # ------------------------------------------------------------------ picture side
+
+    def _encode_image(
+        self,
+        pixel_values: torch.Tensor,
+        *,
+        for_training: bool,
+        reshaped_input_sizes: torch.Tensor,
+        crop_batch_size: int | None,
+        ensemble_weight: float | None,
+        **inputs: Any,
+    ) -> OVSegImageState:
+        *auxiliary, last = self.proposal_network(pixel_values, all_layers=for_training)
+        state = OVSegImageState(proposal_embeddings=last.embeddings, mask_logits=last.mask_logits)
+        if for_training:
+            state.auxiliary = auxiliary
+        elif ensemble_weight is not None:
+            state.crop_features, state.valid = self._encode_proposals(
+                pixel_values, last.mask_logits, reshaped_input_sizes.tolist(), crop_batch_size
+            )
+        return state
+
+    def _encode_proposals(
+        self,
+        pixel_values: torch.Tensor,
+        mask_logits: torch.Tensor,
+        sizes: list[list[int]],
+        crop_batch_size: int | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """CLIP's unit features `[B, N, D]` of the proposals' crops, and which proposals are valid, `[B, N]`."""
+        pictures = self._clip_pixels(pixel_values)
+        masks = [
+            self._binary_masks(m, pixel_values.shape[-2:], size) for m, size in zip(mask_logits, sizes, strict=True)
+        ]
+        valid = torch.stack([m.flatten(1).any(dim=1) for m in masks])
+        features = mask_logits.new_zeros(*valid.shape, self.embedding_size)
+        which = valid.nonzero()
+        chunk = crop_batch_size or max(len(which), 1)
+        found = [
+            self._encode_crops(*self._crop_chunk(pictures, masks, sizes, rows))
+            for rows in which.split(chunk)
+            if len(rows)
+        ]
+        if found:
+            features[valid] = torch.cat(found)
+        return features, valid
+
+    def _clip_pixels(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """`pixel_values` with CLIP's normalisation in place of MaskFormer's."""
+
+        def constant(values: Any) -> torch.Tensor:
+            return torch.tensor(values, device=pixel_values.device, dtype=torch.float32)[:, None, None]
+
+        ours = constant(self.config.image_mean), constant(self.config.image_std)
+        clips = constant(OPENAI_CLIP_MEAN), constant(OPENAI_CLIP_STD)
+        return ((pixel_values.float() * ours[1] + ours[0] - clips[0]) / clips[1]).to(pixel_values.dtype)
+
+    def _binary_masks(self, mask_logits: torch.Tensor, padded: torch.Size, size: list[int]) -> torch.Tensor:
+        """Bool `[N, H, W]` at the size of the resized picture: sigmoid above the threshold."""
+        logits = interpolate(mask_logits[None].float(), size=padded, mode="bilinear", align_corners=False)[0]
+        return logits[:, : size[0], : size[1]].sigmoid() > self.config.mask_threshold
+
+    def _crop_chunk(
+        self, pictures: torch.Tensor, masks: list[torch.Tensor], sizes: list[list[int]], rows: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Crops and their masks of the proposals `rows` `[n, 2]` (picture, query)."""
+        parts = [self._crop(pictures[i], masks[i][queries], sizes[i]) for i, queries in _by_picture(rows)]
+        return torch.cat([crops for crops, _ in parts]), torch.cat([crop_masks for _, crop_masks in parts])
+
+    def _crop(self, picture: torch.Tensor, masks: torch.Tensor, size: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        picture, side = picture[:, : size[0], : size[1]], self.config.crop_size
+        boxes = mask_boxes(masks, self.config.mask_expand_ratio)
+        fill = None
+        if self.config.mask_fill == "zero":
+            fill = -picture.new_tensor(OPENAI_CLIP_MEAN) / picture.new_tensor(OPENAI_CLIP_STD)
+        visible = torch.ones_like(masks) if self.config.mask_fill == "none" else masks
+        return masked_crops(picture, visible, boxes, side, fill), cropped_masks(masks, boxes, side)
+
+    def _encode_crops(self, crops: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+        features = encode_crops(self.clip.vision_model, self.clip.visual_projection, crops, masks, self.visual_prompts)
+        return normalize(features, dim=-1)
+
+    # ------------------------------------------------------------------ classes
+
+    def _segment(
+        self,
+        state: OVSegImageState,
+        text_embeds: torch.Tensor,
+        labels: torch.Tensor | None,
+        *,
+        sample_seeds: torch.Tensor | None,
+        ensemble_weight: float | None,
+        class_is_seen: Any,
+        output_maps: bool,
+        **options: Any,
+    ) -> OpenVocabularySegmentationOutput:
+        class_logits = self._proposal_logits(state.proposal_embeddings, text_embeds)
+        outputs = OpenVocabularySegmentationOutput(
+            class_queries_logits=class_logits, masks_queries_logits=state.mask_logits
+        )
+        if labels is not None:
+            outputs.loss_dict = self._losses(state, class_logits, text_embeds, labels.to(self.device), sample_seeds)
+            outputs.loss = sum_losses(outputs.loss_dict)
+            return outputs
+        own = class_logits.float().softmax(dim=-1)[..., :-1]
+        if ensemble_weight is None:
+            scores = own
+        else:
+            scores = self._ensemble(own, state, text_embeds, ensemble_weight, class_is_seen)
+        if self.config.demo_mode:
+            best = scores.argmax(dim=1)
+            picked = torch.zeros_like(state.valid).scatter_(1, best, True)
+            scores = scores * picked[..., None]
+            outputs.mask_threshold = self.config.mask_threshold
+        outputs.class_queries_scores = scores
+        if output_maps:
+            outputs.maps = {"valid_proposals": state.valid, "crop_features": state.crop_features}
+        return outputs
+
+    def _proposal_logits(self, embeddings: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
+        classifier = torch.cat([text_embeds, self.no_object_embedding.to(text_embeds.dtype)])
+        return self.config.temperature * normalize(embeddings, dim=-1) @ normalize(classifier, dim=-1).T
+
+    def _ensemble(
+        self, own: torch.Tensor, state: OVSegImageState, text_embeds: torch.Tensor, weight: float, class_is_seen: Any
+    ) -> torch.Tensor:
+        """Geometric mean of the proposals' own probabilities and CLIP's; invalid proposals keep their own, raised."""
+        if state.crop_features is None:
+            raise ValueError(
+                "ensemble_weight needs CLIP's view of the proposals, but encode_image was told ensemble_weight=None."
+            )
+        crops = (self.config.temperature * state.crop_features @ text_embeds.T).float().softmax(dim=-1)
+        if weight <= 0:
+            return crops * state.valid[..., None]
+        crops = torch.where(state.valid[..., None], crops, 1.0)
+        share = own.new_full((len(text_embeds),), float(weight))
+        if class_is_seen is not None:
+            seen = torch.as_tensor(class_is_seen, device=own.device, dtype=torch.bool)
+            if seen.shape != share.shape:
+                raise ValueError(f"class_is_seen has {list(seen.shape)} values for {len(share)} classes.")
+            share = torch.where(seen, 1 - share, share)
+        return own ** (1 - share) * crops**share
+
+    # ------------------------------------------------------------------ training of the proposals
+
+    def _losses(
+        self,
+        state: OVSegImageState,
+        class_logits: torch.Tensor,
+        text_embeds: torch.Tensor,
+        labels: torch.Tensor,
+        sample_seeds: torch.Tensor | None,
+    ) -> dict[str, torch.Tensor]:
+        predictions = [Prediction("", class_logits, state.mask_logits)]
+        for index, proposals in enumerate(state.auxiliary):
+            logits = self._proposal_logits(proposals.embeddings, text_embeds)
+            predictions.append(Prediction(f"_{index}", logits, proposals.mask_logits))
+        return self.criterion(predictions, labels, self.draws(sample_seeds, len(labels)))
+
+
+def _by_picture(rows: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+    """Split rows (picture, query), sorted by picture, into (picture, queries)."""
+    pictures, counts = rows[:, 0].unique_consecutive(return_counts=True)
+    yield from zip(pictures.tolist(), rows[:, 1].split(counts.tolist()), strict=True)
