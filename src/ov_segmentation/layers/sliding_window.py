@@ -1,0 +1,91 @@
+"""Overlapping views of a picture: windows of a canvas, and the whole picture as one more view.
+
+The model sees every view as a picture of its own (row b * V + v); post-processing puts their scores together again
+(`view_boxes`, `canvas_size`). After CAT-Seg's published evaluation, which has a 640 x 640 canvas, windows of 384 every 256
+pixels, and the global view.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch.nn import functional as F
+
+
+def resize(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Bilinear, corners not aligned, not antialiased, in float32: `[B, C, h, w]` -> `[B, C, *size]`."""
+    if maps.shape[-2:] == tuple(size):
+        return maps
+    return F.interpolate(maps.float(), size=tuple(size), mode="bilinear", align_corners=False).to(maps.dtype)
+
+
+def split_pictures(pixel_values: torch.Tensor, sizes: torch.Tensor) -> list[torch.Tensor]:
+    """The pictures of a padded batch `[B, 3, H, W]` without their padding, `[1, 3, h, w]` each; `sizes` `[B, 2]`."""
+    return [
+        picture[None, :, :height, :width] for picture, (height, width) in zip(pixel_values, sizes.tolist(), strict=True)
+    ]
+
+
+def squared(pictures: Sequence[torch.Tensor], side: int, pad_multiple: int | None = None) -> torch.Tensor:
+    """Pictures `[1, 3, h, w]`, stretched to one square each: `[B, 3, side, side]`.
+
+    Args:
+        pad_multiple: pads height and width with zeros (normalised: the mean colour) to multiples of this before.
+    """
+    if pad_multiple is not None:
+        pictures = [F.pad(p, (0, -p.shape[-1] % pad_multiple, 0, -p.shape[-2] % pad_multiple)) for p in pictures]
+    return torch.cat([resize(picture, (side, side)) for picture in pictures])
+
+
+def window_offsets(length: int, window: int, stride: int) -> list[int]:
+    """Where windows begin along one side; the last one ends with the canvas.
+
+    Raises:
+        ValueError: the window is longer than the side.
+    """
+    if window > length:
+        raise ValueError(f"A window of {window} pixels does not fit a canvas of {length}: make the canvas larger.")
+    offsets = list(range(0, length - window + 1, stride))
+    return offsets if offsets[-1] == length - window else [*offsets, length - window]
+
+
+def view_boxes(canvas_size: tuple[int, int], window: int, stride: int, global_view: bool) -> torch.Tensor:
+    """Boxes of the views `[V, 4]` (x0, y0, x1, y1) in canvas pixels: windows row-major, then the whole canvas."""
+    height, width = canvas_size
+    boxes = [
+        [x, y, x + window, y + window]
+        for y in window_offsets(height, window, stride)
+        for x in window_offsets(width, window, stride)
+    ]
+    if global_view:
+        boxes.append([0, 0, width, height])
+    return torch.tensor(boxes)
+
+
+def cut_views(
+    pictures: Sequence[torch.Tensor], canvas_size: tuple[int, int], window: int, stride: int, global_view: bool
+) -> torch.Tensor:
+    """The views of every picture, row b * V + v in the order of [`view_boxes`].
+
+    Args:
+        pictures: `[1, 3, h, w]` each, any size; each is stretched to the canvas.
+        canvas_size: (height, width).
+        window: side of a view in canvas pixels.
+        stride: between windows.
+        global_view: adds the picture itself, stretched to the window's size.
+
+    Returns:
+        `[B * V, 3, window, window]`.
+    """
+    device = pictures[0].device
+    canvas = torch.cat([resize(picture, canvas_size) for picture in pictures])
+    inside = torch.arange(window, device=device)
+    rows, columns = (
+        torch.tensor(window_offsets(length, window, stride), device=device)[:, None] + inside for length in canvas_size
+    )
+    views = canvas[:, :, rows][..., columns]  # [B, 3, windows down, window, windows across, window]
+    views = views.permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
+    if global_view:
+        views = torch.cat([views, squared(pictures, window)[:, None]], dim=1)
+    return views.flatten(0, 1)

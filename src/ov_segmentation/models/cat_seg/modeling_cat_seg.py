@@ -1,0 +1,331 @@
+"""CAT-Seg: dense CLIP features, their cosines with every class, aggregated over positions and over classes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import CLIPConfig
+from transformers import initialization as init
+
+from ...layers.correlation import correlation, strongest_classes
+from ...layers.dense_clip import dense_clip_features
+from ...layers.guided_swin import GuidedSwinPair
+from ...layers.initialization import init_torch_defaults
+from ...layers.linear_attention import ClassAttention, ClassSums, add_pooled, pool_positions, repeated
+from ...layers.projected_skip import ProjectedSkip
+from ...layers.sliding_window import cut_views, resize, split_pictures, squared, view_boxes
+from ...layers.upsampling import GuidedUpsampling
+from ...losses_per_class import per_class_cross_entropy
+from ...modeling_base import FROM_CONFIG, OpenVocabularySegmentationModel
+from ...modeling_outputs import ImageState, OpenVocabularySegmentationOutput
+from .configuration_cat_seg import CATSegConfig
+
+# logit of a class that was not aggregated: finite, because interpolating -inf gives NaN
+REJECTED = -100.0
+# positions along a side in both releases
+PUBLISHED_GRID = 24
+
+
+@dataclass
+class CATSegImageState(ImageState):
+    """Encoded pictures; R rows: pictures, or B * V views (row b * V + v).
+
+    Args:
+        dense_features: `[R, D, h, w]`, CLIP's projected map, not normalised.
+        appearance_guidance: `[R, 1, h * w, A]`, its projection that guides the spatial aggregation.
+        skips: two maps of the image tower for the decoder, `[R, S, 2h, 2w]` and `[R, S', 4h, 4w]`.
+    """
+
+    dense_features: torch.Tensor | None = None
+    appearance_guidance: torch.Tensor | None = None
+    skips: tuple[torch.Tensor, ...] | None = None
+
+
+class CostAggregationLayer(nn.Module):
+    """Spatial aggregation of each class, then class aggregation at each position.
+
+    The class aggregation sees at least `padding_length` classes: a learned token fills up. Being the same at every
+    position and in every place, it is computed once and its sums are multiplied (exact; the original repeats it).
+    """
+
+    def __init__(self, config: CATSegConfig) -> None:
+        super().__init__()
+        hidden, heads = config.hidden_size, config.num_attention_heads
+        self.padding_length = config.padding_length
+        self.spatial = GuidedSwinPair(config, hidden, config.appearance_guidance_size, heads, config.window_size)
+        self.classes = ClassAttention(hidden, heads, config.text_guidance_size)
+        self.padding_token = nn.Parameter(torch.zeros(hidden))
+        self.padding_guidance = nn.Parameter(torch.zeros(config.text_guidance_size))
+
+    def padding_sums(self, num_classes: int, num_positions: int) -> ClassSums:
+        """What the padding adds to the sums of `num_classes` classes, at each of `num_positions`."""
+        one = self.classes.class_sums(self.padding_token[None, None], [1], self.padding_guidance[None])
+        missing = max(0, self.padding_length - num_classes)
+        return ClassSums(*(part.repeat(1, num_positions, 1, 1) for part in repeated(one, missing)))
+
+    def forward(
+        self,
+        chunks: list[torch.Tensor],
+        appearance: torch.Tensor,
+        texts: list[torch.Tensor],
+        grid: tuple[int, int],
+        pooling: int,
+    ) -> list[torch.Tensor]:
+        """Aggregate all classes of R rows, chunk by chunk; the result does not depend on the chunks.
+
+        Args:
+            chunks: features `[R, T_i, h * w, C]` of some classes each. The list is used up.
+            appearance: `[R, 1, h * w, A]`.
+            texts: projected text embeddings `[R, T_i, G]`.
+            grid: (h, w).
+            pooling: average pooling in front of the class aggregation.
+
+        Returns:
+            features as in `chunks`.
+        """
+        rows = len(appearance)
+        num_classes = sum(chunk.shape[1] for chunk in chunks)
+        sums = self.padding_sums(num_classes, (grid[0] // pooling) * (grid[1] // pooling))
+        guidances = [text.flatten(0, 1) for text in texts]
+        for i, guidance in enumerate(guidances):
+            chunks[i] = self.spatial(chunks[i], appearance, grid)
+            tokens = pool_positions(chunks[i].flatten(0, 1).unflatten(1, grid), pooling)
+            sums = self.classes.class_sums(tokens, [texts[i].shape[1]] * rows, guidance) + sums
+        for i, guidance in enumerate(guidances):
+            features = chunks[i].flatten(0, 1).unflatten(1, grid)
+            tokens = self.classes(pool_positions(features, pooling), [texts[i].shape[1]] * rows, sums, guidance)
+            chunks[i] = add_pooled(features, tokens, pooling).view(chunks[i].shape)
+        return chunks
+
+
+class CATSegForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
+    """CAT-Seg (Cho et al., CVPR 2024): one logit map per class from aggregated image-text cosines."""
+
+    config: CATSegConfig
+    config_class = CATSegConfig
+    keeps_prompts = True
+    switches = frozenset({"max_classes", "class_attention_pooling", "class_chunk_size"})
+    picture_switches = frozenset({"sliding_window", "crop_batch_size"})
+    _no_split_modules = ["CLIPEncoderLayer", "GuidedSwinBlock", "ClassAttention", "GuidedUpsampling"]
+
+    def __init__(self, config: CATSegConfig) -> None:
+        super().__init__(config)
+        self.clip = self.build_clip(config)
+        width, embed = config.clip_config.vision_config.hidden_size, config.clip_config.projection_dim
+        hidden, (first, second) = config.hidden_size, config.decoder_sizes
+        self.cost_embedding = nn.Conv2d(config.num_templates, hidden, 7, padding=3)
+        self.appearance_projection = nn.Conv2d(embed, config.appearance_guidance_size, 3, padding=1)
+        self.text_projection = nn.Linear(embed, config.text_guidance_size)
+        self.skips = nn.ModuleList(
+            ProjectedSkip(width, upsampled, skip, scale)
+            for upsampled, skip, scale in zip(config.skip_upsampled_sizes, config.skip_sizes, (2, 4), strict=True)
+        )
+        self.layers = nn.ModuleList(CostAggregationLayer(config) for _ in range(config.num_aggregation_layers))
+        self.decoder = nn.ModuleList(
+            GuidedUpsampling(incoming, incoming - skip, skip, 0, outgoing)
+            for incoming, skip, outgoing in zip((hidden, first), config.skip_sizes, (first, second), strict=True)
+        )
+        self.head = nn.Conv2d(second, 1, 3, padding=1)
+        self.post_init()
+        self.freeze_pretrained()
+
+    @classmethod
+    def config_for_clip(cls, clip_config: CLIPConfig) -> dict[str, Any]:
+        """Skips at a third and two thirds of the tower, pictures of 24 x 24 patches."""
+        vision = clip_config.vision_config
+        below_last = vision.num_hidden_layers - 2
+        skips = tuple(max(0, min(part * vision.num_hidden_layers // 3 - 1, below_last)) for part in (1, 2))
+        return {"skip_layers": skips, "image_size": PUBLISHED_GRID * vision.patch_size}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        init_torch_defaults(module)
+        if isinstance(module, CostAggregationLayer):
+            init.zeros_(module.padding_token)
+            init.zeros_(module.padding_guidance)
+
+    def freeze_pretrained(self) -> None:
+        """Train CLIP as `config.clip_finetune` says, and everything else."""
+        mode = self.config.clip_finetune
+        self.requires_grad_(True)
+        if mode == "all":
+            return
+        self.clip.requires_grad_(False)
+        if self.config.clip_stem is not None:
+            self.clip.vision_model.embeddings.requires_grad_(mode != "none")
+        for tower in (self.clip.vision_model, self.clip.text_model):
+            for block in tower.encoder.layers:
+                if mode == "blocks":
+                    block.requires_grad_(True)
+                elif mode == "attention":
+                    block.self_attn.q_proj.weight.requires_grad_(True)
+                    block.self_attn.v_proj.weight.requires_grad_(True)
+
+    def _resolve_switches(self, given: dict[str, Any], known: frozenset[str]) -> dict[str, Any]:
+        name = "class_attention_pooling"
+        if self.training and name in known and given.get(name, FROM_CONFIG) == FROM_CONFIG:
+            given = {**given, name: self.config.train_class_attention_pooling}
+        return super()._resolve_switches(given, known)
+
+    # ------------------------------------------------------------------ picture side
+
+    def _encode_image(
+        self,
+        pixel_values: torch.Tensor,
+        *,
+        for_training: bool,
+        reshaped_input_sizes: torch.Tensor,
+        sliding_window: bool,
+        crop_batch_size: int | None,
+        output_attentions: bool = False,
+        **unused: Any,
+    ) -> CATSegImageState:
+        config = self.config
+        pictures = split_pictures(pixel_values, reshaped_input_sizes)
+        if not sliding_window:
+            boxes, canvas_size = None, None
+            views = squared(pictures, config.image_size, config.pad_multiple)
+        elif for_training:
+            raise ValueError("A loss is taken on whole pictures: pass sliding_window=False together with labels.")
+        else:
+            canvas_size = (config.canvas_pixels, config.canvas_pixels)
+            windows = (config.window_pixels, config.window_stride, config.global_view)
+            boxes = view_boxes(canvas_size, *windows)
+            views = resize(cut_views(pictures, canvas_size, *windows), (config.image_size, config.image_size))
+        parts = [
+            dense_clip_features(self.clip, chunk, config.skip_layers, config.dense_residual, output_attentions)
+            for chunk in views.split(crop_batch_size or len(views))
+        ]
+        dense = torch.cat([part.features for part in parts])
+        skips = (torch.cat(blocks) for blocks in zip(*(part.skips for part in parts), strict=True))
+        state = CATSegImageState(dense_features=dense, view_boxes=boxes, canvas_size=canvas_size)
+        state.appearance_guidance = F.relu(self.appearance_projection(dense)).flatten(2).transpose(1, 2)[:, None]
+        state.skips = tuple(projection(blocks) for projection, blocks in zip(self.skips, skips, strict=True))
+        if output_attentions:
+            state.attentions = tuple(torch.cat(w) for w in zip(*(part.attentions for part in parts), strict=True))
+        return state
+
+    # ------------------------------------------------------------------ classes
+
+    def _segment(
+        self,
+        state: CATSegImageState,
+        text_embeds: torch.Tensor,
+        labels: torch.Tensor | None,
+        *,
+        max_classes: int | None,
+        class_attention_pooling: int,
+        class_chunk_size: int | None,
+        output_hidden_states: bool,
+        output_maps: bool,
+        **options: Any,
+    ) -> OpenVocabularySegmentationOutput:
+        self._check_request(
+            text_embeds, state.dense_features.shape[-2:], max_classes, class_attention_pooling, class_chunk_size
+        )
+        cost = correlation(state.dense_features, text_embeds)
+        text = F.relu(self.text_projection(F.normalize(text_embeds.mean(dim=1), dim=-1)))
+        kept = None
+        if max_classes is not None and max_classes < len(text_embeds):
+            kept = strongest_classes(cost, max_classes)
+        parts = []
+        for rows in _row_slices(len(cost), len(text) if kept is None else max_classes, class_chunk_size):
+            row_cost, row_text = cost[rows], text.expand(len(cost[rows]), -1, -1)
+            if kept is not None:
+                row_cost = row_cost.gather(1, kept[rows][:, :, None, None, None].expand(-1, -1, *cost.shape[2:]))
+                row_text = row_text.gather(1, kept[rows][:, :, None].expand(-1, -1, row_text.shape[-1]))
+            skips = [skip[rows] for skip in state.skips]
+            appearance = state.appearance_guidance[rows]
+            parts.append(
+                self._aggregate(
+                    row_cost,
+                    row_text,
+                    appearance,
+                    skips,
+                    class_attention_pooling,
+                    class_chunk_size,
+                    output_hidden_states,
+                )
+            )
+        used = torch.cat([logits for logits, _ in parts])
+        outputs = OpenVocabularySegmentationOutput(logits=used, score_function="sigmoid")
+        if kept is not None:
+            every = used.new_full((len(used), len(text), *used.shape[-2:]), REJECTED)
+            outputs.logits = every.scatter(1, kept[:, :, None, None].expand_as(used), used)
+            outputs.kept_classes = kept.new_zeros(len(kept), len(text), dtype=torch.bool).scatter(1, kept, True)
+        if output_hidden_states:
+            outputs.hidden_states = tuple(torch.cat(states) for states in zip(*(h for _, h in parts), strict=True))
+        if output_maps:
+            outputs.maps = {"correlation": cost.mean(dim=2)}
+        if labels is not None:
+            sizes = state.reshaped_input_sizes
+            loss = per_class_cross_entropy(outputs.logits, labels, sizes, self.config.ignore_as_negative)
+            outputs.loss_dict = {"loss_sem_seg": loss}
+            outputs.loss = loss
+        return outputs
+
+    def _aggregate(
+        self,
+        cost: torch.Tensor,
+        text: torch.Tensor,
+        appearance: torch.Tensor,
+        skips: list[torch.Tensor],
+        pooling: int,
+        chunk_size: int | None,
+        keep_states: bool,
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Logits `[R, T, 4h, 4w]` of cosines `[R, T, P, h, w]`; with `keep_states`, also the features `[R, T, h * w, C]`
+        before and after each layer."""
+        rows, num_classes, _, *grid = cost.shape
+        at_once = max(1, chunk_size // rows) if chunk_size else num_classes
+        texts = list(text.split(at_once, dim=1))
+        chunks = [
+            self.cost_embedding(part.flatten(0, 1)).flatten(2).transpose(1, 2).unflatten(0, (rows, -1))
+            for part in cost.split(at_once, dim=1)
+        ]
+        states = [torch.cat(chunks, dim=1)] if keep_states else []
+        for layer in self.layers:
+            chunks = layer(chunks, appearance, texts, tuple(grid), pooling)
+            if keep_states:
+                states.append(torch.cat(chunks, dim=1))
+        logits = [self._decode(chunk, skips, tuple(grid)) for chunk in chunks]
+        return torch.cat(logits, dim=1), states
+
+    def _decode(self, features: torch.Tensor, skips: list[torch.Tensor], grid: tuple[int, int]) -> torch.Tensor:
+        rows, num_classes = features.shape[:2]
+        maps = features.flatten(0, 1).unflatten(1, grid)
+        for stage, skip in zip(self.decoder, skips, strict=True):
+            maps = stage(maps, [num_classes] * rows, skip)
+        return self.head(maps.permute(0, 3, 1, 2)).view(rows, num_classes, *maps.shape[1:3])
+
+    def _check_request(
+        self,
+        text_embeds: torch.Tensor,
+        grid: tuple[int, int],
+        max_classes: int | None,
+        pooling: int,
+        chunk_size: int | None,
+    ) -> None:
+        if text_embeds.shape[1] != self.config.num_templates:
+            raise ValueError(
+                f"This checkpoint was made for {self.config.num_templates} prompt(s) per class, text_embeds has "
+                f"{text_embeds.shape[1]}: use its own processor, or as many prompt templates."
+            )
+        for name, value in (("max_classes", max_classes), ("class_chunk_size", chunk_size)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1 or None, got {value}.")
+        if not 1 <= pooling <= min(grid):
+            raise ValueError(f"class_attention_pooling must be between 1 (none) and {min(grid)}, got {pooling}.")
+
+
+def _row_slices(rows: int, num_classes: int, chunk_size: int | None) -> Iterator[slice]:
+    """Rows that run together: as many as have `chunk_size` classes between them, at least one."""
+    at_once = max(1, chunk_size // num_classes) if chunk_size else rows
+    for start in range(0, rows, at_once):
+        yield slice(start, start + at_once)
