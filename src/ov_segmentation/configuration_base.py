@@ -24,6 +24,12 @@ class OpenVocabularySegmentationConfig(PreTrainedConfig):
     weights_license: str | None = None
     sliding_window: bool = False
 
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        clip_config = getattr(self, "clip_config", None)
+        if clip_config is not None:
+            repair_legacy_token_ids(clip_config.text_config)
+
 
 def repair_legacy_token_ids(text_config: PreTrainedConfig) -> None:
     """Give a CLIP text config its true start and end ids.

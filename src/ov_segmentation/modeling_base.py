@@ -7,12 +7,13 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import CLIPConfig, CLIPModel, PreTrainedModel
 from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_base import OpenVocabularySegmentationConfig
-from .layers.clip_stem import CLIPStem, init_clip_stem_weights
+from .layers.clip_stem import CLIPStem, init_clip_stem_weights, install_clip_stem, load_clip, split_clip_config
+from .losses import SeededDraws
 from .modeling_outputs import ImageState, OpenVocabularySegmentationOutput
 from .text_encoding import TextEmbeddingCache, encode_vocabulary
 
@@ -26,7 +27,7 @@ class OpenVocabularySegmentationModel(PreTrainedModel):
 
     A method implements `_encode_image` (what does not depend on the class names), `_segment` (the rest, and the loss)
     and `freeze_pretrained`; it names the inference switches it understands in `switches` (each is a config field of the
-    same name) and, among them, those that shape the picture side in `picture_switches`.
+    same name) and those that shape the picture side in `picture_switches`; a name may stand in both.
     """
 
     config: OpenVocabularySegmentationConfig
@@ -49,8 +50,8 @@ class OpenVocabularySegmentationModel(PreTrainedModel):
     # ------------------------------------------------------------------ the parts that a method fills in
 
     def _encode_image(self, pixel_values: torch.Tensor, *, for_training: bool, **inputs: Any) -> ImageState:
-        """The picture side. `inputs`: the other keys of the image processor and the resolved picture switches.
-        `for_training` asks for what only the loss needs (auxiliary outputs)."""
+        """The picture side. `inputs`: `pixel_mask`, `reshaped_input_sizes`, `output_hidden_states`, `output_attentions`,
+        `output_maps` and the resolved picture switches. `for_training` asks for what only the loss needs (auxiliary outputs)."""
         raise NotImplementedError
 
     def _segment(
@@ -123,7 +124,8 @@ class OpenVocabularySegmentationModel(PreTrainedModel):
         with torch.no_grad():
             if self.training and self.trains_text:
                 return compute()
-            return self._text_cache.get(input_ids, attention_mask, parameters, compute, cache_folder)
+            recipe = f"{type(self).__name__} {self.text_tower[0].config.to_json_string()}"
+            return self._text_cache.get(input_ids, attention_mask, parameters, compute, cache_folder, recipe)
 
     def _class_embeddings(
         self,
@@ -170,16 +172,25 @@ class OpenVocabularySegmentationModel(PreTrainedModel):
         original_sizes: torch.Tensor | None = None,
         reshaped_input_sizes: torch.Tensor | None = None,
         padded_sizes: torch.Tensor | None = None,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+        output_maps: bool = False,
         **switches: Any,
     ) -> ImageState:
         """Everything that does not depend on the class names; pass the result as `image_state=` as often as you like.
 
         Args:
             pixel_values: `[B, 3, H, W]` from the image processor, with the keys that come beside it.
+            output_hidden_states, output_attentions, output_maps: keep what `forward` may be asked for later.
             switches: those of `forward` that shape the picture side (`picture_switches`).
         """
+        records = {
+            "output_hidden_states": output_hidden_states,
+            "output_attentions": output_attentions,
+            "output_maps": output_maps,
+        }
         return self._encode_checked(
-            pixel_values, pixel_mask, original_sizes, reshaped_input_sizes, padded_sizes, False, switches
+            pixel_values, pixel_mask, original_sizes, reshaped_input_sizes, padded_sizes, False, records, switches
         )
 
     def _encode_checked(
@@ -190,10 +201,16 @@ class OpenVocabularySegmentationModel(PreTrainedModel):
         reshaped_input_sizes: torch.Tensor | None,
         padded_sizes: torch.Tensor | None,
         for_training: bool,
+        records: dict[str, bool],
         switches: dict[str, Any],
     ) -> ImageState:
         if pixel_values.ndim != 4 or pixel_values.shape[1] != 3:
             raise ValueError(f"pixel_values must be [B, 3, H, W], got {list(pixel_values.shape)}.")
+        if records["output_attentions"] and self.config._attn_implementation != "eager":
+            raise ValueError(
+                f"output_attentions needs the attention written out, but this model runs "
+                f"{self.config._attn_implementation!r}: call model.set_attn_implementation('eager')."
+            )
         whole = torch.tensor([pixel_values.shape[-2:]] * len(pixel_values))
         padded_sizes = whole if padded_sizes is None else padded_sizes
         reshaped_input_sizes = padded_sizes if reshaped_input_sizes is None else reshaped_input_sizes
@@ -203,6 +220,7 @@ class OpenVocabularySegmentationModel(PreTrainedModel):
             for_training=for_training,
             pixel_mask=pixel_mask,
             reshaped_input_sizes=reshaped_input_sizes,
+            **records,
             **self._resolve_switches(switches, self.picture_switches),
         )
         state.original_sizes, state.reshaped_input_sizes = original_sizes, reshaped_input_sizes
@@ -244,6 +262,11 @@ class OpenVocabularySegmentationModel(PreTrainedModel):
             raise ValueError("Give either pixel_values or image_state (from model.encode_image), not both or neither.")
         resolved = self._resolve_switches(switches, self.switches | self.picture_switches)
         class_embeds = self._class_embeddings(input_ids, attention_mask, text_embeds)
+        records = {
+            "output_hidden_states": output_hidden_states,
+            "output_attentions": output_attentions,
+            "output_maps": output_maps,
+        }
         if image_state is None:
             self._check_labels(labels, pixel_values, len(class_embeds))
             image_state = self._encode_checked(
@@ -253,6 +276,7 @@ class OpenVocabularySegmentationModel(PreTrainedModel):
                 reshaped_input_sizes,
                 padded_sizes,
                 labels is not None,
+                records,
                 {name: resolved[name] for name in self.picture_switches},
             )
         elif labels is not None:
@@ -265,12 +289,33 @@ class OpenVocabularySegmentationModel(PreTrainedModel):
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
             output_maps=output_maps,
-            **{name: value for name, value in resolved.items() if name not in self.picture_switches},
+            **{name: resolved[name] for name in self.switches},
         )
         outputs.text_embeds = class_embeds
         for name in ("original_sizes", "reshaped_input_sizes", "padded_sizes", "view_boxes", "canvas_size"):
             setattr(outputs, name, getattr(image_state, name))
+        self._hand_on_records(records, image_state, outputs)
         return outputs
+
+    @staticmethod
+    def _hand_on_records(
+        records: dict[str, bool], state: ImageState, outputs: OpenVocabularySegmentationOutput
+    ) -> None:
+        for name in ("hidden_states", "attentions"):
+            if records[f"output_{name}"] and getattr(outputs, name) is None:
+                setattr(outputs, name, getattr(state, name))
+        if records["output_maps"]:
+            outputs.maps = {**(state.maps or {}), **(outputs.maps or {})} or None
+        for option, wanted in records.items():
+            if wanted and getattr(outputs, option.removeprefix("output_")) is None:
+                raise ValueError(f"{option} was asked for, but image_state does not hold it: encode_image({option}=True).")
+
+    @staticmethod
+    def draws(sample_seeds: torch.Tensor | None, batch_size: int) -> SeededDraws:
+        """Random draws of the loss: by `sample_seeds` `[B]`, or, when there are none, seeded by torch's generator."""
+        if sample_seeds is None:
+            sample_seeds = torch.randint(2**62, (batch_size,))
+        return SeededDraws(sample_seeds)
 
     @staticmethod
     def _check_labels(labels: torch.Tensor | None, pixel_values: torch.Tensor, num_classes: int) -> None:
@@ -287,6 +332,39 @@ class OpenVocabularySegmentationModel(PreTrainedModel):
                 f"labels hold class {highest}, but only {num_classes} class names were given. Is it the ignore index? "
                 f"Pass ignore_index={highest} to the processor."
             )
+
+    # ------------------------------------------------------------------ CLIP
+
+    @staticmethod
+    def build_clip(config: OpenVocabularySegmentationConfig) -> CLIPModel:
+        """An uninitialised `CLIPModel` from `config.clip_config`, with the convolutional trunk of `config.clip_stem`."""
+        clip = CLIPModel._from_config(config.clip_config)
+        install_clip_stem(clip, config.clip_stem)
+        return clip
+
+    @classmethod
+    def config_for_clip(cls, clip_config: CLIPConfig) -> dict[str, Any]:
+        """Configuration values that follow from CLIP's size when the caller of `from_clip` does not give them."""
+        return {}
+
+    @classmethod
+    def from_clip(cls, clip: str | os.PathLike | CLIPModel, **config: Any) -> OpenVocabularySegmentationModel:
+        """An untrained model around a trained CLIP: what training starts from. For methods that hold a `CLIPModel`.
+
+        Args:
+            clip: a Hub id or folder of a `CLIPModel`, or the model itself.
+            config: values for the method's configuration.
+
+        Returns:
+            The model in float32, frozen as the method trains it.
+        """
+        if not isinstance(clip, CLIPModel):
+            clip = load_clip(clip)
+        clip_config, clip_stem = split_clip_config(clip.config)
+        values = {"clip_config": clip_config, "clip_stem": clip_stem, **cls.config_for_clip(clip_config), **config}
+        model = cls(cls.config_class(**values))
+        model.clip.load_state_dict(clip.state_dict())
+        return model
 
     # ------------------------------------------------------------------ weights
 

@@ -20,6 +20,7 @@ class ImageState(ModelOutput):
         padded_sizes: of `pixel_values`, padding included.
         view_boxes: `[V, 4]` (x0, y0, x1, y1) in canvas pixels when a sliding window is used.
         canvas_size: (height, width) that `view_boxes` refers to.
+        hidden_states, attentions, maps: of the picture side, on request; they are handed on to the output.
     """
 
     original_sizes: torch.Tensor | None = None
@@ -27,6 +28,9 @@ class ImageState(ModelOutput):
     padded_sizes: torch.Tensor | None = None
     view_boxes: torch.Tensor | None = None
     canvas_size: tuple[int, int] | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
+    maps: dict[str, torch.Tensor] | None = None
 
 
 @dataclass

@@ -1,0 +1,301 @@
+"""Conversion of original checkpoints: safe reading, key rules, and a complete-or-error loading.
+
+A method's `convert_<m>.py` lists rules. Each source key must match a rule or a reason to drop it, each key of our model
+must be filled, and shapes must agree: anything else is a `ConversionError` that names the keys.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+StateDict = dict[str, torch.Tensor]
+NESTS = ("model", "state_dict")
+LISTED_KEYS = 40
+# what torch.save writes for numpy arrays and scalars, which some training states hold beside the weights
+_NUMPY_CLASSES = [
+    np.ndarray,
+    np.dtype,
+    np.core.multiarray._reconstruct if hasattr(np, "core") else np._core.multiarray._reconstruct,
+    *{type(np.dtype(kind)) for kind in ("float32", "float64", "int32", "int64", "uint8", "bool")},
+]
+
+
+class ConversionError(ValueError):
+    """A checkpoint that cannot be converted. `keys`: all keys concerned (the message lists the first ones)."""
+
+    def __init__(self, message: str, keys: Iterable[str] = ()) -> None:
+        self.keys = list(keys)
+        super().__init__(message + list_keys(self.keys))
+
+
+def list_keys(keys: Sequence[str]) -> str:
+    """Keys, one per line, cut after the first `LISTED_KEYS`."""
+    lines = [f"\n  {key}" for key in keys[:LISTED_KEYS]]
+    return "".join(lines) + (f"\n  ... and {len(keys) - LISTED_KEYS} more" if len(keys) > LISTED_KEYS else "")
+
+
+# ---------------------------------------------------------------------- reading
+
+
+def read_checkpoint(path: str | os.PathLike) -> StateDict:
+    """The weights in a checkpoint file, without ever running code from it.
+
+    Args:
+        path: a file of `torch.save` (weights directly or under "model" or "state_dict", names with or without "module."
+            in front), or safetensors.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ConversionError: the file is truncated, holds objects that are no weights, or no weights at all.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no checkpoint {path}.")
+    content = _read(path)
+    for nest in NESTS:
+        if isinstance(content, Mapping) and isinstance(content.get(nest), Mapping):
+            content = content[nest]
+    if not isinstance(content, Mapping):
+        raise ConversionError(f"{path} holds a {type(content).__name__}, not a dictionary of weights.")
+    weights = {key: torch.as_tensor(value) for key, value in content.items() if _is_array(value)}
+    if not weights:
+        raise ConversionError(f"{path} holds no tensors.", map(str, content))
+    if all(key.startswith("module.") for key in weights):
+        weights = {key.removeprefix("module."): value for key, value in weights.items()}
+    return weights
+
+
+def _is_array(value: object) -> bool:
+    return isinstance(value, (torch.Tensor, np.ndarray))
+
+
+def _read(path: Path) -> object:
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        with torch.serialization.safe_globals(_NUMPY_CLASSES):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        refused = re.search(r"(?:GLOBAL|WeightsUnpickler error: Unsupported \w+|class) ([\w.]+)", str(error))
+        what = f" ({refused[1]})" if refused else ""
+        raise ConversionError(
+            f"{path} is damaged or holds objects{what} that would run code when read. Only plain weights are read "
+            f"(weights_only=True); nothing was executed. A file that you trust can be saved again as "
+            f"torch.save(module.state_dict(), file) or in safetensors format."
+        ) from error
+    except (EOFError, RuntimeError, SafetensorError, OSError, ValueError, KeyError) as error:
+        if "TorchScript" in str(error):
+            reason = "it is a TorchScript archive: save its state_dict() with torch.save first"
+        else:
+            reason = f"is the download complete? ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+        raise ConversionError(f"{path} ({path.stat().st_size:,} bytes) cannot be read: {reason}.") from error
+
+
+# ---------------------------------------------------------------------- rules
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One source key to one or several target keys.
+
+    Args:
+        pattern: a regular expression for the whole source key.
+        targets: templates of the target keys (`\\\\1`: the pattern's groups).
+        transform: the source tensor to the target tensor, or to a tuple of them; None: as it is.
+    """
+
+    pattern: str
+    targets: str | tuple[str, ...]
+    transform: Callable[[torch.Tensor], torch.Tensor | tuple[torch.Tensor, ...]] | None = None
+
+
+@dataclass(frozen=True)
+class Drop:
+    """Source keys, by regular expression, that our model has no use for, and why."""
+
+    pattern: str
+    reason: str
+
+
+class KeyRules:
+    """The rules of one checkpoint layout, tried in order.
+
+    Args:
+        rules: `Rule` and `Drop`.
+        rename: applied to a source key before the rules see it (renumbered blocks, other prefixes).
+    """
+
+    def __init__(self, rules: Iterable[Rule | Drop], rename: Callable[[str], str] | None = None) -> None:
+        self._rules = [(re.compile(rule.pattern), rule) for rule in rules]
+        self._rename = rename or (lambda key: key)
+
+    def _find(self, key: str) -> tuple[list[str] | str, Rule | None] | None:
+        renamed = self._rename(key)
+        for pattern, rule in self._rules:
+            match = pattern.fullmatch(renamed)
+            if match is None:
+                continue
+            if isinstance(rule, Drop):
+                return rule.reason, None
+            targets = (rule.targets,) if isinstance(rule.targets, str) else rule.targets
+            return [match.expand(target) for target in targets], rule
+        return None
+
+    def map_keys(self, keys: Iterable[str]) -> dict[str, list[str] | str]:
+        """Each source key -> its target keys, or the reason why it is dropped.
+
+        Raises:
+            ConversionError: keys without a rule.
+        """
+        found = {key: self._find(key) for key in keys}
+        unknown = [key for key, result in found.items() if result is None]
+        if unknown:
+            raise ConversionError(
+                f"{len(unknown)} of {len(found)} keys have no place in this model; is the checkpoint of another method "
+                f"or variant? Unknown keys:",
+                unknown,
+            )
+        return {key: result[0] for key, result in found.items()}
+
+    def convert(self, source: StateDict) -> StateDict:
+        """The source tensors under target keys.
+
+        Raises:
+            ConversionError: keys without a rule, or tensors that a rule cannot take apart.
+        """
+        self.map_keys(source)
+        target: StateDict = {}
+        for key, tensor in source.items():
+            names, rule = self._find(key)
+            if rule is None:
+                continue
+            try:
+                tensors = rule.transform(tensor) if rule.transform else tensor
+            except (RuntimeError, IndexError, ValueError) as error:
+                raise ConversionError(f"A tensor of shape {list(tensor.shape)} does not fit:", [key]) from error
+            tensors = (tensors,) if isinstance(tensors, torch.Tensor) else tensors
+            for name, value in zip(names, tensors, strict=True):
+                target[name] = value.contiguous()
+        return target
+
+
+def load_converted(model: nn.Module, weights: StateDict, partial: bool = False) -> None:
+    """Fill `model` with converted weights.
+
+    Args:
+        partial: whether parameters may be left as they were initialised.
+
+    Raises:
+        ConversionError: keys left over or not filled, or shapes that differ.
+    """
+    wanted = model.state_dict()
+    unknown = [key for key in weights if key not in wanted]
+    if unknown:
+        raise ConversionError("The configuration has no place for these weights; is it of another variant?", unknown)
+    wrong = [
+        f"{key}: {list(value.shape)} in the checkpoint, {list(wanted[key].shape)} in the model"
+        for key, value in weights.items()
+        if value.shape != wanted[key].shape
+    ]
+    if wrong:
+        raise ConversionError(
+            f"{len(wrong)} weights have another shape than the configuration asks for; is the checkpoint of another "
+            f"variant?",
+            wrong,
+        )
+    empty = [key for key in wanted if key not in weights]
+    if empty and not partial:
+        raise ConversionError(f"The checkpoint leaves {len(empty)} of {len(wanted)} weights of the model unset:", empty)
+    model.load_state_dict(weights, strict=False)
+
+
+def fits(weights: StateDict, wanted: Mapping[str, torch.Tensor]) -> bool:
+    """Whether converted weights have exactly the keys and shapes of a model's state dict."""
+    return {k: v.shape for k, v in weights.items()} == {k: v.shape for k, v in wanted.items()}
+
+
+# ---------------------------------------------------------------------- CLIP in the layout of OpenAI and open_clip
+
+
+def split_in_three(packed: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Query, key and value from a packed projection, in this order."""
+    return packed.chunk(3)
+
+
+def transposed(weight: torch.Tensor) -> torch.Tensor:
+    """`x @ weight` to the weight of a Linear."""
+    return weight.T
+
+
+def pointwise(weight: torch.Tensor) -> torch.Tensor:
+    """The weight of a 1x1 convolution to that of a Linear."""
+    return weight.flatten(1)
+
+
+def clip_block_rules(source: str, target: str) -> list[Rule]:
+    """Rules for the transformer blocks `<source>.resblocks.<i>` -> `<target>.encoder.layers.<i>`."""
+    old, new = rf"{source}\.resblocks\.(\d+)", rf"{target}.encoder.layers.\1"
+    return [
+        Rule(
+            rf"{old}\.attn\.in_proj_(weight|bias)",
+            tuple(rf"{new}.self_attn.{name}_proj.\2" for name in "qkv"),
+            split_in_three,
+        ),
+        Rule(rf"{old}\.attn\.out_proj\.(weight|bias)", rf"{new}.self_attn.out_proj.\2"),
+        Rule(rf"{old}\.ln_([12])\.(weight|bias)", rf"{new}.layer_norm\2.\3"),
+        Rule(rf"{old}\.mlp\.c_fc\.(weight|bias)", rf"{new}.mlp.fc1.\2"),
+        Rule(rf"{old}\.mlp\.c_proj\.(weight|bias)", rf"{new}.mlp.fc2.\2"),
+    ]
+
+
+def clip_vision_rules(source: str = "visual", target: str = "clip.") -> list[Rule]:
+    """Rules for a ViT `<source>.*` -> `<target>vision_model.*` and `<target>visual_projection`."""
+    vision = f"{target}vision_model"
+    return [
+        Rule(rf"{source}\.class_embedding", f"{vision}.embeddings.class_embedding"),
+        Rule(rf"{source}\.positional_embedding", f"{vision}.embeddings.position_embedding.weight"),
+        Rule(rf"{source}\.conv1\.weight", f"{vision}.embeddings.patch_embedding.weight"),
+        Rule(rf"{source}\.ln_pre\.(weight|bias)", rf"{vision}.pre_layrnorm.\1"),
+        *clip_block_rules(rf"{source}\.transformer", vision),
+        Rule(rf"{source}\.ln_post\.(weight|bias)", rf"{vision}.post_layernorm.\1"),
+        Rule(rf"{source}\.proj", f"{target}visual_projection.weight", transposed),
+    ]
+
+
+def clip_text_rules(
+    source: str = "", text_model: str = "clip.text_model", projection: str = "clip.text_projection"
+) -> list[Rule | Drop]:
+    """Rules for a text tower `<source>token_embedding ...` -> `<text_model>.*` and `<projection>.weight`.
+
+    Args:
+        source: a regular expression in front of the names, its dot included.
+    """
+    return [
+        Rule(rf"{source}token_embedding\.weight", f"{text_model}.embeddings.token_embedding.weight"),
+        Rule(rf"{source}positional_embedding", f"{text_model}.embeddings.position_embedding.weight"),
+        *clip_block_rules(rf"{source}transformer", text_model),
+        Rule(rf"{source}ln_final\.(weight|bias)", rf"{text_model}.final_layer_norm.\1"),
+        Rule(rf"{source}text_projection", f"{projection}.weight", transposed),
+        Drop(rf"{source}attn_mask", "the causal mask, a constant that transformers builds itself"),
+        Drop(rf"{source}(input_resolution|context_length|vocab_size)", "a size, which the configuration holds"),
+    ]
+
+
+def clip_rules(source: str = "", target: str = "clip.") -> list[Rule | Drop]:
+    """Rules for a whole CLIP with a ViT -> a `CLIPModel` called `<target>`."""
+    return [
+        *clip_vision_rules(f"{source}visual", target),
+        *clip_text_rules(source, f"{target}text_model", f"{target}text_projection"),
+        Rule(rf"{source}logit_scale", f"{target}logit_scale", lambda value: value.reshape(())),
+    ]

@@ -1,0 +1,118 @@
+"""The command line of all `conversion/convert_<method>.py`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import shutil
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
+
+from .auto import METHODS, Method, load_class
+from .conversion import ConversionError
+
+MODEL_CARDS = Path("model_cards")
+
+
+def main(model_type: str, arguments: Sequence[str] | None = None) -> None:
+    """Convert a checkpoint of a method: `python conversion/convert_<method>.py --checkpoint FILE --output DIR ...`."""
+    method = next(method for method in METHODS if method.model_type == model_type)
+    rules = importlib.import_module(f"{__package__}.models.{model_type}.convert_{model_type}")
+    options = _parser(method, rules).parse_args(arguments)
+    config, variant = _config(method, rules, options)
+    model = rules.convert(options.checkpoint, config, options.clip_checkpoint)
+    save_folder(method, model, options.output, _tokenizer(options.tokenizer, rules.DEFAULT_TOKENIZER))
+    copy_model_card(options.output, variant or model_type)
+    print(f"{method.model} ({sum(p.numel() for p in model.parameters()):,} parameters) written to {options.output}")
+    if options.push_to_hub:
+        api = HfApi()
+        api.create_repo(options.push_to_hub, exist_ok=True)
+        api.upload_folder(repo_id=options.push_to_hub, folder_path=options.output)
+        print(f"Uploaded to {options.push_to_hub}")
+
+
+def _parser(method: Method, rules: ModuleType) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=f"Convert an original {method.name} checkpoint to a folder for transformers.")
+    parser.add_argument("--checkpoint", required=True, type=Path, metavar="FILE", help="the original checkpoint")
+    parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder to write")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--variant", choices=sorted(rules.VARIANTS), help="release; default: the one whose shapes fit")
+    size.add_argument("--config", type=Path, metavar="FILE", help="config.json of another size")
+    parser.add_argument("--clip-checkpoint", type=Path, metavar="FILE", help="CLIP, where the checkpoint lacks it")
+    parser.add_argument(
+        "--tokenizer", metavar="ID-OR-DIR", help=f"tokenizer of the processor (default: {rules.DEFAULT_TOKENIZER})"
+    )
+    parser.add_argument("--push-to-hub", metavar="ID", help="also upload the folder to this repository")
+    return parser
+
+
+def _config(method: Method, rules: ModuleType, options: argparse.Namespace) -> tuple[PreTrainedConfig, str | None]:
+    if options.config is not None:
+        config = load_class(method.config).from_json_file(options.config)
+        return config, None
+    variant = options.variant or find_variant(rules, options.checkpoint, options.clip_checkpoint)
+    return rules.VARIANTS[variant](), variant
+
+
+def find_variant(rules: ModuleType, checkpoint: Path, clip_checkpoint: Path | None = None) -> str:
+    """The release whose keys and shapes a checkpoint has.
+
+    Raises:
+        ConversionError: none fits, or several do.
+    """
+    failures, fitting = [], []
+    for name, make_config in rules.VARIANTS.items():
+        try:
+            # shapes are all that matters here
+            with torch.device("meta"), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                rules.convert(checkpoint, make_config(), clip_checkpoint)
+        except ConversionError as error:
+            failures.append(f"{name}: {str(error).splitlines()[0]}")
+        else:
+            fitting.append(name)
+    if len(fitting) != 1:
+        raise ConversionError(
+            f"{checkpoint} fits {len(fitting)} of the releases; say which one with --variant, or its size with --config.",
+            fitting or failures,
+        )
+    return fitting[0]
+
+
+def _tokenizer(given: str | None, default: str) -> Any | None:
+    """The tokenizer asked for, or the default one where it can be had."""
+    if given is not None:
+        return AutoTokenizer.from_pretrained(given)
+    try:
+        return AutoTokenizer.from_pretrained(default)
+    except OSError:
+        warnings.warn(
+            f"The tokenizer {default} is neither in the cache nor to be had from the Hub: the folder holds model and "
+            f"image processor only. --tokenizer names a local folder.",
+            stacklevel=2,
+        )
+        return None
+
+
+def save_folder(method: Method, model: PreTrainedModel, output: Path, tokenizer: Any | None) -> None:
+    """Write the model, and its processor, or its image processor alone when there is no tokenizer."""
+    image_processor = load_class(method.image_processor)()
+    model.save_pretrained(output)
+    if tokenizer is None:
+        image_processor.save_pretrained(output)
+    else:
+        load_class(method.processor)(image_processor, tokenizer).save_pretrained(output)
+
+
+def copy_model_card(output: Path, name: str) -> None:
+    """`model_cards/<name>.md`, where there is one, becomes the folder's README.md."""
+    card = MODEL_CARDS / f"{name}.md"
+    if card.is_file():
+        shutil.copyfile(card, output / "README.md")
