@@ -1,0 +1,345 @@
+"""SED: cosines of hierarchical ConvNeXt CLIP features with every prompt, fused gradually into one map per class."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import CLIPTextModelWithProjection, CLIPVisionModel, ConvNextModel
+from transformers import initialization as init
+
+from ...layers.correlation import correlation
+from ...layers.dense_clip import dense_clip_features
+from ...layers.initialization import init_torch_defaults
+from ...layers.sliding_window import cut_views, resize, split_pictures, view_boxes
+from ...losses_per_class import per_class_cross_entropy
+from ...modeling_base import FROM_CONFIG, OpenVocabularySegmentationModel
+from ...modeling_outputs import ImageState, OpenVocabularySegmentationOutput
+from .configuration_sed import SEDConfig
+from .decoder import ClassChunk, CostEmbedding, LargeKernelBlock, SEDDecoderLayer, reject
+
+# logit of a rejected class: finite, because interpolating -inf gives NaN
+REJECTED = -100.0
+
+
+@dataclass
+class SEDImageState(ImageState):
+    """Encoded pictures; R rows: pictures, or B * V views (row b * V + v).
+
+    Args:
+        dense_features: `[R, D, h, w]`, the projected last map, not normalised.
+        image_guidance: of each decoder layer, `[R, G, 2h, 2w]`, `[R, G', 4h, 4w]`, ...; None without feature fusion.
+    """
+
+    dense_features: torch.Tensor | None = None
+    image_guidance: tuple[torch.Tensor, ...] | None = None
+
+
+class _Decoded(NamedTuple):
+    """Logits `[R, K, H, W]` of the last head and of the auxiliary ones that were run, and `kept_classes` `[R, K]`."""
+
+    logits: torch.Tensor
+    auxiliary: list[torch.Tensor]
+    kept_classes: torch.Tensor | None
+
+
+class ProjectionMLP(nn.Module):
+    """Projection of ConvNeXt-L's features into CLIP's space: Linear, GELU, dropout, Linear; hidden width 2 D."""
+
+    def __init__(self, in_channels: int, projection_dim: int, dropout: float) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(in_channels, 2 * projection_dim)
+        self.dropout = nn.Dropout(dropout)
+        self.fc2 = nn.Linear(2 * projection_dim, projection_dim, bias=False)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """`[..., C]` -> `[..., D]`."""
+        return self.fc2(self.dropout(F.gelu(self.fc1(features))))
+
+
+class SEDForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
+    """SED (Xie et al., "SED: A Simple Encoder-Decoder for Open-Vocabulary Semantic Segmentation", CVPR 2024)."""
+
+    config: SEDConfig
+    config_class = SEDConfig
+    keeps_prompts = True
+    switches = frozenset({"rejection_top_k", "class_attention_pooling", "class_chunk_size"})
+    picture_switches = frozenset({"sliding_window", "crop_batch_size"})
+    _no_split_modules = ["ConvNextLayer", "CLIPEncoderLayer", "SEDDecoderLayer"]
+
+    def __init__(self, config: SEDConfig) -> None:
+        super().__init__(config)
+        vision_class = CLIPVisionModel if config.has_plain_encoder else ConvNextModel
+        self.vision_model = vision_class._from_config(config.vision_config)
+        self.visual_projection = self._make_projection(config)
+        self.text_model = CLIPTextModelWithProjection._from_config(config.text_config)
+        layers = config.num_decoder_layers
+        self.image_guidance = nn.ModuleList(
+            nn.Conv2d(channels, guidance, 3, padding=1)
+            for channels, guidance in zip(self._guidance_sources(config), config.guidance_dims)
+        )
+        self.cost_embedding = CostEmbedding(config)
+        self.decoder = nn.ModuleList(SEDDecoderLayer(config, index) for index in range(layers))
+        self.post_init()
+        self.freeze_pretrained()
+
+    @staticmethod
+    def _make_projection(config: SEDConfig) -> nn.Module:
+        projection_dim = config.text_config.projection_dim
+        if config.has_plain_encoder:
+            return nn.Linear(config.vision_config.hidden_size, projection_dim, bias=False)
+        width = config.vision_config.hidden_sizes[-1]
+        if config.projection_type == "linear":
+            return nn.Linear(width, projection_dim, bias=False)
+        return ProjectionMLP(width, projection_dim, config.projection_dropout)
+
+    @staticmethod
+    def _guidance_sources(config: SEDConfig) -> list[int]:
+        """Channels of the encoder maps that guide the decoder layers, the coarsest first."""
+        if not config.fuses_features:
+            return []
+        if config.has_plain_encoder:
+            return [config.vision_config.hidden_size] * config.num_decoder_layers
+        return list(config.vision_config.hidden_sizes[-2::-1])[: config.num_decoder_layers]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        init_torch_defaults(module)
+        if isinstance(module, LargeKernelBlock):
+            init.ones_(module.layer_scale_parameter)
+
+    @property
+    def text_tower(self) -> tuple[nn.Module, nn.Module]:
+        """The text transformer and its projection."""
+        return self.text_model.text_model, self.text_model.text_projection
+
+    def freeze_pretrained(self) -> None:
+        """Freeze the text tower, and of the encoder what `config.num_trainable_stages` leaves out."""
+        self.requires_grad_(True)
+        self.text_model.requires_grad_(False)
+        trained = self.config.num_trainable_stages
+        if trained == 4:
+            return
+        self.vision_model.requires_grad_(False)
+        self.visual_projection.requires_grad_(trained > 0)
+        if trained == 0:
+            return
+        if self.config.has_plain_encoder:
+            blocks = self.vision_model.encoder.layers
+            stages: Any = blocks[len(blocks) - len(blocks) * trained // 4 :]
+            self.vision_model.post_layernorm.requires_grad_(True)
+        else:
+            stages = self.vision_model.encoder.stages[-trained:]
+            self.vision_model.layernorm.requires_grad_(True)
+        stages.requires_grad_(True)
+
+    def _resolve_switches(self, given: dict[str, Any], known: frozenset[str]) -> dict[str, Any]:
+        name = "class_attention_pooling"
+        if self.training and name in known and given.get(name, FROM_CONFIG) == FROM_CONFIG:
+            given = {**given, name: self.config.train_class_attention_pooling}
+        return super()._resolve_switches(given, known)
+
+    # ------------------------------------------------------------------ picture side
+
+    def _encode_image(
+        self,
+        pixel_values: torch.Tensor,
+        *,
+        for_training: bool,
+        reshaped_input_sizes: torch.Tensor,
+        sliding_window: bool,
+        crop_batch_size: int | None,
+        output_hidden_states: bool = False,
+        **inputs: Any,
+    ) -> SEDImageState:
+        config = self.config
+        pictures = split_pictures(pixel_values, reshaped_input_sizes)
+        boxes, canvas_size = None, None
+        if not sliding_window:
+            views = torch.cat([resize(picture, config.input_size) for picture in pictures])
+        elif for_training:
+            raise ValueError("A loss is taken on whole pictures: pass sliding_window=False together with labels.")
+        else:
+            canvas_size = (config.canvas_size[0], config.canvas_size[1])
+            windows = (config.window_pixels, config.window_stride, config.global_view)
+            boxes = view_boxes(canvas_size, *windows)
+            views = resize(cut_views(pictures, canvas_size, *windows), config.input_size)
+        parts = [self._encode_views(chunk) for chunk in views.split(crop_batch_size or len(views))]
+        dense = torch.cat([dense for dense, _, _ in parts])
+        guidance = tuple(torch.cat(maps) for maps in zip(*(maps for _, maps, _ in parts), strict=True))
+        state = SEDImageState(
+            dense_features=dense, image_guidance=guidance or None, view_boxes=boxes, canvas_size=canvas_size
+        )
+        if output_hidden_states:
+            state.hidden_states = tuple(torch.cat(maps) for maps in zip(*(maps for _, _, maps in parts), strict=True))
+        return state
+
+    def _encode_views(self, views: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor], tuple[torch.Tensor, ...]]:
+        """Dense features, image guidance and the encoder's maps of `views` `[R, 3, height, width]`."""
+        if self.config.has_plain_encoder:
+            skip_layers = self.config.skip_layers if self.config.fuses_features else ()
+            dense, sources = dense_clip_features(self, views, skip_layers, residual="token")
+            sizes = [(dense.shape[-2] << level, dense.shape[-1] << level) for level in range(1, len(sources) + 1)]
+            return dense, self._guide([resize(m, size) for m, size in zip(sources, sizes)]), tuple(sources)
+        maps = [self.vision_model.embeddings(views.contiguous(memory_format=torch.channels_last))]
+        for stage in self.vision_model.encoder.stages:
+            maps.append(stage(maps[-1]))
+        # every position of the last map is an image of its own for CLIP's head
+        dense = self.visual_projection(self.vision_model.layernorm(maps[-1].permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
+        return dense, self._guide(maps[-2:0:-1]), tuple(maps)
+
+    def _guide(self, sources: list[torch.Tensor]) -> list[torch.Tensor]:
+        if self.config.detach_image_guidance:
+            sources = [source.detach() for source in sources]
+        return [F.relu(conv(source)) for conv, source in zip(self.image_guidance, sources)]
+
+    # ------------------------------------------------------------------ classes
+
+    def _segment(
+        self,
+        state: SEDImageState,
+        text_embeds: torch.Tensor,
+        labels: torch.Tensor | None,
+        *,
+        rejection_top_k: int | None,
+        class_attention_pooling: int,
+        class_chunk_size: int | None,
+        output_maps: bool,
+        **options: Any,
+    ) -> OpenVocabularySegmentationOutput:
+        self._check_request(state, text_embeds, rejection_top_k, class_attention_pooling, class_chunk_size)
+        wants_auxiliary = output_maps or (labels is not None and self.config.auxiliary_loss_weight != 0)
+        rows = [
+            self._decode(
+                state.dense_features[rows],
+                [guidance[rows] for guidance in state.image_guidance or ()],
+                text_embeds,
+                rejection_top_k,
+                class_attention_pooling,
+                class_chunk_size,
+                wants_auxiliary,
+            )
+            for rows in _row_slices(len(state.dense_features), len(text_embeds), class_chunk_size)
+        ]
+        outputs = OpenVocabularySegmentationOutput(
+            logits=torch.cat([row.logits for row in rows]), score_function="sigmoid"
+        )
+        auxiliary = [torch.cat(logits) for logits in zip(*(row.auxiliary for row in rows), strict=True)]
+        if rejection_top_k is not None:
+            outputs.kept_classes = torch.cat([row.kept_classes for row in rows])
+        if output_maps:
+            cost = correlation(state.dense_features, text_embeds)
+            outputs.maps = {"cost_map": cost} | {f"auxiliary_logits_{i}": maps for i, maps in enumerate(auxiliary)}
+        if labels is not None:
+            outputs.loss_dict = self._losses(outputs.logits, auxiliary, labels, state.reshaped_input_sizes)
+            outputs.loss = torch.stack(list(outputs.loss_dict.values())).sum()
+        return outputs
+
+    def _losses(
+        self, logits: torch.Tensor, auxiliary: list[torch.Tensor], labels: torch.Tensor, sizes: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """The terms `loss_sem_seg_0` (the last head), `_1`, ... (auxiliary heads, the earliest first), weighted."""
+        terms = {}
+        for index, of_head in enumerate([logits, *auxiliary]):
+            weight = self.config.auxiliary_loss_weight if index else 1.0
+            loss = per_class_cross_entropy(of_head, labels, sizes, self.config.ignore_as_negative)
+            terms[f"loss_sem_seg_{index}"] = weight * loss
+        return terms
+
+    def _decode(
+        self,
+        dense_features: torch.Tensor,
+        image_guidance: list[torch.Tensor],
+        text_embeds: torch.Tensor,
+        top_k: int | None,
+        pooling: int,
+        chunk_size: int | None,
+        wants_auxiliary: bool,
+    ) -> _Decoded:
+        """Run the decoder for some rows with all classes."""
+        num_rows, num_classes = len(dense_features), len(text_embeds)
+        size = max(chunk_size or num_rows * num_classes, num_rows)
+        chunks = self._embed_costs(dense_features, text_embeds, size // num_rows)
+        wants_logits = wants_auxiliary or top_k is not None
+        auxiliary: list[torch.Tensor] = []
+        logits = None
+        if wants_logits:
+            logits = torch.cat([self.cost_embedding.head(chunk.features.detach()) for chunk in chunks])
+        for index, layer in enumerate(self.decoder):
+            is_last = index == len(self.decoder) - 1
+            if wants_auxiliary:
+                auxiliary.append(_by_class(logits, [chunk.pairs for chunk in chunks], num_rows, num_classes))
+            if top_k is not None:
+                chunks = reject(chunks, logits, top_k, size)
+            pairs = [chunk.pairs for chunk in chunks]
+            guidance = image_guidance[index] if image_guidance else None
+            chunks, logits = layer(
+                chunks, guidance, pooling, not is_last, is_last or wants_logits, wants_auxiliary and not is_last
+            )
+        kept_classes = None
+        if top_k is not None:
+            kept_classes = torch.zeros(num_rows * num_classes, dtype=torch.bool, device=logits.device)
+            kept_classes = kept_classes.index_fill(0, torch.cat(pairs), True).view(num_rows, num_classes)
+        return _Decoded(_by_class(logits, pairs, num_rows, num_classes), auxiliary, kept_classes)
+
+    def _embed_costs(self, dense_features: torch.Tensor, text_embeds: torch.Tensor, at_once: int) -> list[ClassChunk]:
+        """Cost maps and their embeddings, for `at_once` classes of every row at a time."""
+        num_rows, num_classes = len(dense_features), len(text_embeds)
+        chunks = []
+        for start in range(0, num_classes, at_once):
+            cost = correlation(dense_features, text_embeds[start : start + at_once]).flatten(0, 1)
+            count = len(cost) // num_rows
+            of_class = torch.arange(start, start + count, device=cost.device)
+            of_row = torch.arange(num_rows, device=cost.device) * num_classes
+            chunks.append(
+                ClassChunk(
+                    features=self.cost_embedding(cost),
+                    cost=cost.permute(0, 2, 3, 1) if self.config.fuses_cost else None,
+                    pairs=(of_row[:, None] + of_class).flatten(),
+                    counts=(count,) * num_rows,
+                )
+            )
+        return chunks
+
+    def _check_request(
+        self,
+        state: SEDImageState,
+        text_embeds: torch.Tensor,
+        top_k: int | None,
+        pooling: int,
+        chunk_size: int | None,
+    ) -> None:
+        if text_embeds.shape[1] != self.config.num_templates:
+            raise ValueError(
+                f"This checkpoint was made for {self.config.num_templates} prompts per class, text_embeds has "
+                f"{text_embeds.shape[1]}: use its own processor, or as many prompt templates."
+            )
+        for name, value in (("rejection_top_k", top_k), ("class_chunk_size", chunk_size)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, or None to switch it off; got {value}.")
+        grid = state.dense_features.shape[-2:]
+        if not 1 <= pooling <= min(grid):
+            raise ValueError(f"class_attention_pooling must be between 1 (none) and {min(grid)}, got {pooling}.")
+        if self.training and top_k is not None:
+            raise ValueError("Category early rejection is for inference: pass rejection_top_k=None in training.")
+
+
+def _row_slices(rows: int, num_classes: int, chunk_size: int | None) -> Iterator[slice]:
+    """Rows that run together: as many as have `chunk_size` classes between them, at least one."""
+    at_once = max(1, chunk_size // num_classes) if chunk_size else rows
+    for start in range(0, rows, at_once):
+        yield slice(start, start + at_once)
+
+
+def _by_class(logits: torch.Tensor, pairs: list[torch.Tensor], rows: int, num_classes: int) -> torch.Tensor:
+    """Logits `[N, h, w]` of (row, class) pairs -> `[rows, K, h, w]`; pairs that are missing have `REJECTED`."""
+    size = logits.shape[-2:]
+    if len(logits) == rows * num_classes and (rows == 1 or len(pairs) == 1):
+        return logits.view(rows, num_classes, *size)
+    result = logits.new_full((rows * num_classes, *size), REJECTED)
+    return result.index_copy(0, torch.cat(pairs), logits).view(rows, num_classes, *size)
