@@ -54,7 +54,10 @@ class Method(NamedTuple):
         }
 
 
-METHODS = (Method("san", "SAN"),)
+METHODS = (
+    Method("san", "SAN"),
+    Method("cat_seg", "CATSeg"),
+)
 CLASS_MODULES = {name: module for method in METHODS for name, module in method.modules.items()}
 
 

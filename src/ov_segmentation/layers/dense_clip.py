@@ -1,7 +1,7 @@
 """Dense CLIP features: the vision tower with a last block that keeps positions apart.
 
-In the last block attention is replaced by its value path (Zhou et al., "Extract Free Dense Labels from CLIP", 2022), so a
-position's feature stays its own and lies in the space of the text embeddings.
+In the last block attention is replaced by its value path (Zhou et al., "Extract Free Dense Labels from CLIP", 2022), so
+a position's feature stays its own and lies in the space of the text embeddings.
 """
 
 from __future__ import annotations

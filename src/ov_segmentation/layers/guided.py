@@ -1,8 +1,8 @@
 """Linear layers of a concatenation [features, guidance], without concatenating.
 
 Features belong to one class each, guidance often to all classes of a picture or to all positions of a class.
-W [x, g] = W_x x + W_g g, so guidance's share is computed once and added, which saves half of the work where guidance is as
-wide as the features.
+W [x, g] = W_x x + W_g g, so guidance's share is computed once and added, which saves half of the work where guidance is
+as wide as the features.
 """
 
 from __future__ import annotations

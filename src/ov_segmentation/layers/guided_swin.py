@@ -1,7 +1,7 @@
 """Swin blocks whose queries and keys also see a guidance map (CAT-Seg, Sec. 3.3: spatial aggregation).
 
-Windows follow Liu et al., "Swin Transformer" (2021), without its relative position bias: a block with plain windows, then
-one whose windows are shifted by half of their size. Values come from the features alone.
+Windows follow Liu et al., "Swin Transformer" (2021), without its relative position bias: a block with plain windows,
+then one whose windows are shifted by half of their size. Values come from the features alone.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ OTHER_REGION = -100.0
 
 
 def window_order(grid: tuple[int, int], window: int, shift: int, device: torch.device) -> torch.Tensor:
-    """Positions of a map, window after window (row-major in and between), the map rolled by `-shift` both ways: `[h * w]`."""
+    """Positions `[h * w]` of a map rolled by `-shift` both ways, window after window, row-major in and between them."""
     height, width = grid
     positions = torch.arange(height * width, device=device).view(height, width).roll((-shift, -shift), (0, 1))
     tiles = positions.view(height // window, window, width // window, window)

@@ -1,8 +1,8 @@
 """Overlapping views of a picture: windows of a canvas, and the whole picture as one more view.
 
 The model sees every view as a picture of its own (row b * V + v); post-processing puts their scores together again
-(`view_boxes`, `canvas_size`). After CAT-Seg's published evaluation, which has a 640 x 640 canvas, windows of 384 every 256
-pixels, and the global view.
+(`view_boxes`, `canvas_size`). After CAT-Seg's published evaluation, which has a 640 x 640 canvas, windows of 384 every
+256 pixels, and the global view.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ class CATSegConfig(OpenVocabularySegmentationConfig):
             on it. None: all.
         crop_batch_size: views that the image tower takes at once; None: all.
         window_pixels, window_stride, canvas_pixels, global_view: of the sliding window: side of a window, distance
-            between windows, side of the square canvas they are cut from, and whether the whole picture is one more view.
+            between windows, side of the square canvas they are cut from, whether the whole picture is one more view.
         clip_finetune: trained parameters of CLIP: "attention" (weights of all query and value projections; released),
             "blocks" (all transformer blocks), "all", or "none".
         ignore_as_negative: ignored pixels are negatives of every class, as in the original; False leaves them out.

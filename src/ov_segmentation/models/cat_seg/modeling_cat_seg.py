@@ -280,8 +280,8 @@ class CATSegForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
         chunk_size: int | None,
         keep_states: bool,
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Logits `[R, T, 4h, 4w]` of cosines `[R, T, P, h, w]`; with `keep_states`, also the features `[R, T, h * w, C]`
-        before and after each layer."""
+        """Logits `[R, T, 4h, 4w]` of cosines `[R, T, P, h, w]`; with `keep_states`, also the features
+        `[R, T, h * w, C]` before and after each layer."""
         rows, num_classes, _, *grid = cost.shape
         at_once = max(1, chunk_size // rows) if chunk_size else num_classes
         texts = list(text.split(at_once, dim=1))
