@@ -57,8 +57,8 @@ class OpenVocabularySegmentationProcessor(ProcessorMixin):
 
         Returns:
             The image processor's keys for `images`; for `text` int64 `input_ids` and `attention_mask` `[K, P, L]`, or
-            `[K, P, S, L]` when a class has synonyms, a row of zeros in the mask being an absent synonym. L is the length
-            of the longest text.
+            `[K, P, S, L]` when a class has synonyms, a row of zeros in the mask being an absent synonym. L is the
+            length of the longest text.
         """
         if images is None and text is None:
             raise ValueError("Give images=, text= (the class names), or both.")
