@@ -1,9 +1,8 @@
 """Augmentations of a picture together with its label map, on PIL and numpy.
 
-Each is a frozen dataclass called with (picture, label map, generator) and returns the changed pair; every random number comes
-from the generator that is passed in. Label maps are int32 `[H, W]` and are only ever copied or resized nearest, so any class
-id and -100 (ignored) survive. They are the transforms of the originals' recipes (detectron2's, in PIL): SAN's sheet 6.4,
-SED's 8, OVSeg's and DeOP's training sections.
+Each is a frozen dataclass, called with (picture, label map, generator), that returns the changed pair; all randomness
+comes from the generator that is passed in. Label maps are int32 `[H, W]` and are only ever cut, or resized to the
+nearest pixel, so any class id and -100 (ignored) survive. They are what the six papers' recipes are made of.
 """
 
 from __future__ import annotations
@@ -14,10 +13,12 @@ from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
+from transformers.image_utils import SizeDict
 
+from ..image_processing import resized_size
+from ..label_maps import IGNORED, resize_label_map
 from ..strict_mapping import RecipeError, from_mapping, unknown_key
 
-IGNORED = -100
 HUE_STEPS = 180
 """Hue is counted in 180 steps of two degrees, as OpenCV does for 8-bit pictures."""
 
@@ -31,28 +32,23 @@ class Augmentation(Protocol):
         """Return the transformed RGB picture and int32 label map `[H, W]`."""
 
 
-def resize_label_map(label_map: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Nearest neighbour as PIL does it, in mode "I" (32-bit signed), which holds every class id: `[height, width]` int32."""
-    picture = Image.fromarray(np.ascontiguousarray(label_map, dtype=np.int32))
-    return np.asarray(picture.resize((width, height), Image.Resampling.NEAREST), dtype=np.int32)
-
-
 def _resize(image: Image.Image, label_map: np.ndarray, height: int, width: int) -> tuple[Image.Image, np.ndarray]:
     if (width, height) == image.size:
         return image, label_map
-    return image.resize((width, height), Image.Resampling.BILINEAR), resize_label_map(label_map, height, width)
+    resized = resize_label_map(np.ascontiguousarray(label_map, dtype=np.int32), height, width)
+    return image.resize((width, height), Image.Resampling.BILINEAR), resized
 
 
 @dataclass(frozen=True)
 class ResizeShortSide:
     """Resize so that the short side has a random length, keeping the aspect ratio.
 
-    New sides are int(x + 0.5); if the long side would exceed `max_size`, both are scaled down so that it equals it.
+    The rule for the new sides is the image processor's (`image_processing.resized_size`).
 
     Args:
         sizes: the lengths to choose from, each as likely.
         size_range: or the smallest and the largest length, every integer between them as likely.
-        max_size: cap of the long side.
+        max_size: cap of the long side; both are scaled down to keep it.
     """
 
     sizes: list[int] | None = None
@@ -73,9 +69,8 @@ class ResizeShortSide:
             size = self.sizes[generator.integers(len(self.sizes))]
         else:
             size = int(generator.integers(self.size_range[0], self.size_range[1] + 1))
-        scale = min(size / min(image.size), self.max_size / max(image.size))
-        width, height = (max(1, int(side * scale + 0.5)) for side in image.size)
-        return _resize(image, label_map, height, width)
+        goal = SizeDict(shortest_edge=size, longest_edge=self.max_size)
+        return _resize(image, label_map, *resized_size((image.height, image.width), goal))
 
 
 @dataclass(frozen=True)

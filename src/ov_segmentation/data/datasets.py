@@ -1,4 +1,4 @@
-"""Any data set of pictures and label maps, brought into one form: columns `image` and `annotation`, names, ignored ids."""
+"""Any data set of pictures and label maps in one form: columns `image` and `annotation`, names, ignored ids."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import numpy as np
 from datasets import Dataset, DatasetDict, Features, Image, IterableDatasetDict, Value, load_dataset, load_from_disk
 from PIL import Image as PILImage
 
+from ..label_maps import IGNORED, ignore_ids, read_label_map
 from ..vocabulary import BENCHMARKS, Vocabulary
 from .class_names import class_names as names_from_features
 
-IGNORED = -100
 IMAGE_COLUMNS = ("image", "img", "picture", "pixel_values")
 ANNOTATION_COLUMNS = (
     "annotation",
@@ -89,7 +89,7 @@ class LabelledPictures:
             name += f" ({Path(file).name})"
         if row["annotation"] is None:
             raise ValueError(f"{name}: it has no label map. Leave unlabelled samples out, or take another split.")
-        label_map = self._class_ids(_as_array(row["annotation"], name), name)
+        label_map = self._class_ids(row["annotation"], name)
         if label_map.shape != (image.height, image.width):
             raise ValueError(
                 f"{name}: its label map is {label_map.shape[1]} x {label_map.shape[0]} pixels, its picture "
@@ -97,18 +97,20 @@ class LabelledPictures:
             )
         return LabelledPicture(image.convert("RGB"), label_map)
 
-    def _class_ids(self, ids: np.ndarray, name: str) -> np.ndarray:
-        if self.data.reduce_labels:
-            ids = np.where(ids == 0, IGNORED, ids - 1)
-        ignored = np.isin(ids, (*self.data.ignore_index, IGNORED))
-        ids = np.where(ignored, IGNORED, ids).astype(np.int32)
-        num_classes = len(self.data.vocabulary)
-        wrong = ids[~ignored & ((ids < 0) | (ids >= num_classes))]
-        if wrong.size:
+    def _class_ids(self, annotation: Any, name: str) -> np.ndarray:
+        try:
+            ids = read_label_map(annotation)
+            if self.data.reduce_labels:
+                ids = np.where(ids == 0, IGNORED, ids - 1)
+            ids = ignore_ids(ids, self.data.ignore_index).astype(np.int32)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{name}: {error}") from error
+        num_classes, highest = len(self.data.vocabulary), int(ids.max())
+        if highest >= num_classes:
             raise ValueError(
-                f"{name}: its label map holds the id {wrong[0]}, but the classes are 0 to {num_classes - 1} and the ignored "
-                f"ids {list(self.data.ignore_index)}. Is it an ignored id? Give ignore_index. Is 0 the unlabelled id, and "
-                f"do the classes start at 1? Set reduce_labels."
+                f"{name}: its label map holds the id {highest}, but the classes are 0 to {num_classes - 1} and the "
+                f"ignored ids {list(self.data.ignore_index)}. Is it an ignored id? Give ignore_index. Is 0 the "
+                f"unlabelled id, and do the classes start at 1? Set reduce_labels."
             )
         return ids
 
@@ -128,9 +130,9 @@ def load_segmentation_data(
     """Load a data set of pictures and label maps.
 
     Args:
-        name: a folder with `images/<split>/` and `annotations/<split>/` (same file stems; without split folders it is one
-            split "train"); a folder written by `save_to_disk`; any folder that `load_dataset` understands (parquet, an
-            imagefolder with `metadata.jsonl`); or a Hub id.
+        name: a folder with `images/<split>/` and `annotations/<split>/` (same file stems; without split folders it is
+            one split "train"); a folder written by `save_to_disk`; any folder that `load_dataset` understands (parquet,
+            an imagefolder with `metadata.jsonl`); or a Hub id.
         config_name, revision: for Hub ids.
         image_column, annotation_column: default: by type (`Image`) and usual names.
         class_names: names in index order (a list inside: synonyms), the key of a packaged benchmark, or a JSON file of
@@ -249,14 +251,3 @@ def _vocabulary(names: Names, protocol: str | None) -> Vocabulary:
     if not isinstance(values, list):
         raise ValueError(f"{file} must hold a JSON list of class names in index order, got {type(values).__name__}.")
     return Vocabulary(values)
-
-
-def _as_array(annotation: Any, name: str) -> np.ndarray:
-    array = np.asarray(annotation)
-    if array.ndim != 2:
-        raise ValueError(
-            f"{name}: its label map has {array.shape[-1]} channels ({getattr(annotation, 'mode', array.dtype)}). It must have "
-            f"one, whose values are class ids: palette (P), 8-bit (L) or 16-bit (I;16) pictures; colours have to be "
-            f"translated to ids first."
-        )
-    return array.astype(np.int64)

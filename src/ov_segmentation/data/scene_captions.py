@@ -11,7 +11,6 @@ import random
 import re
 import string
 from collections.abc import Iterable
-from itertools import pairwise
 
 from transformers import CLIPTokenizer
 
@@ -24,6 +23,7 @@ from .scene_vocabulary import (
     THING_SHAPES,
     SceneVocabulary,
 )
+from .word_tokenizer import build_word_tokenizer, split_into_words
 
 ANY_THING = "object"
 QUALITIES = (
@@ -40,7 +40,6 @@ ARTICLES = ("a", "the", "one", "my", "many")
 TAILS = (".", " in the scene", " in the scene.", " in a video game.", "")
 JOINTS = ("on", "and", "of", "in")
 MADE_UP_WORDS = 0.06
-BOS, EOS = "<|startoftext|>", "<|endoftext|>"
 
 
 def write_caption(phrase: str, generator: random.Random) -> str:
@@ -83,44 +82,15 @@ def caption_words() -> list[str]:
     """All words of the captions of any scene vocabulary, sorted; each is one token."""
     names = (*THING_COLOURS, *THING_PATTERNS, *THING_SHAPES, *STUFF_COLOURS, *STUFF_TEXTURES, STUFF_NOUN, ANY_THING)
     grammar = (*QUALITIES, *MEDIA, *SIZES, *OPENINGS, *ARTICLES, *TAILS, *JOINTS)
-    return sorted({word for text in (*names, *grammar) for word in re.findall(r"[a-z]+|[^\sa-z]+", text)})
+    return split_into_words([*names, *grammar])
 
 
 def build_scene_tokenizer(model_max_length: int = 77) -> CLIPTokenizer:
-    """The tokenizer of the scene CLIPs: lower-cased text between start and end token, padded with the end token.
-
-    The merges are built word by word: what the merges so far leave of a word is joined, left to right, by new merges.
-    A new merge ranks below all earlier ones, so it cannot change how an earlier word is joined.
-    """
-    from tokenizers.pre_tokenizers import ByteLevel
-
-    alphabet = sorted(ByteLevel.alphabet())
-    pieces = alphabet + [f"{symbol}</w>" for symbol in alphabet]
-    merges: list[tuple[str, str]] = []
-    ranks: dict[tuple[str, str], int] = {}
-    for word in caption_words():
-        left = _apply_merges([*word[:-1], f"{word[-1]}</w>"], ranks)
-        while len(left) > 1:
-            pair = (left[0], left[1])
-            ranks[pair] = len(merges)
-            merges.append(pair)
-            pieces.append("".join(pair))
-            left = ["".join(pair), *left[2:]]
-    vocabulary = {piece: index for index, piece in enumerate([*pieces, BOS, EOS])}
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=model_max_length)
+    """The tokenizer of the scene CLIPs, which knows the words of their captions (see `word_tokenizer`)."""
+    return build_word_tokenizer(caption_words(), model_max_length)
 
 
 def split_words(tokenizer: CLIPTokenizer, texts: Iterable[str]) -> list[str]:
     """Words of `texts` that the tokenizer has to split, i.e. that no caption contains: the model cannot know them."""
     words = {word for text in texts for word in re.findall(r"\w+", text.lower())}
     return sorted(word for word in words if len(tokenizer(word, add_special_tokens=False).input_ids) > 1)
-
-
-def _apply_merges(symbols: list[str], ranks: dict[tuple[str, str], int]) -> list[str]:
-    """Byte-pair encoding of one word: always the pair of lowest rank next."""
-    while True:
-        pairs = [(ranks[pair], index) for index, pair in enumerate(pairwise(symbols)) if pair in ranks]
-        if not pairs:
-            return symbols
-        index = min(pairs)[1]
-        symbols = [*symbols[:index], symbols[index] + symbols[index + 1], *symbols[index + 2 :]]

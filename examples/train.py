@@ -1,0 +1,53 @@
+"""Train a model by a recipe: `accelerate launch examples/train.py --recipe examples/recipes/san_tiny_camvid.yaml`.
+
+Start the same command again after a crash, a kill or a full disk: it continues from the last checkpoint.
+Several CPU processes: `ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 examples/train.py ...`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ov_segmentation.strict_mapping import RecipeError
+from ov_segmentation.training.checkpointing import CheckpointError
+from ov_segmentation.training.loop import train
+from ov_segmentation.training.recipe import load_recipe
+from ov_segmentation.training.run_folder import RunFolderError
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse the command line and train."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", required=True, type=Path, help="YAML file; see examples/recipes/")
+    parser.add_argument("--output", type=Path, help="the run's folder (default: runs/NAME-OF-THE-RECIPE)")
+    parser.add_argument(
+        "--set",
+        action="extend",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change the recipe: optimizer.lr=1e-4",
+    )
+    parser.add_argument(
+        "--resume",
+        choices=("auto", "never"),
+        default="auto",
+        help="auto: continue from the last checkpoint in the output folder, if any; never: the folder must be empty",
+    )
+    options = parser.parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    command = shlex.join(["accelerate", "launch", "examples/train.py", *given])
+    try:
+        recipe = load_recipe(options.recipe, options.set)
+        train(recipe, options.output or Path("runs") / options.recipe.stem, options.resume, command)
+    except (RecipeError, RunFolderError, CheckpointError, FileNotFoundError, ImportError) as error:
+        # the message says what to do; a traceback would bury it
+        sys.exit(f"{type(error).__name__}: {error}")
+
+
+if __name__ == "__main__":
+    main()

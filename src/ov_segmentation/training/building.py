@@ -1,0 +1,149 @@
+"""Model and processor of a recipe."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoProcessor, AutoTokenizer
+
+from ..auto import METHODS, AutoModelForOpenVocabularySegmentation, Method, load_class
+from ..data.word_tokenizer import build_word_tokenizer, words_of
+from ..strict_mapping import RecipeError, unknown_key
+from ..vocabulary import Vocabulary
+from .randomness import INITIALISATION, derive_seed
+from .recipe import ModelRecipe, ProcessorRecipe, Recipe
+
+WORDS = "words"
+
+
+def build_model_and_processor(recipe: Recipe, vocabularies: list[Vocabulary]) -> tuple[Any, Any]:
+    """The model, in float32, with `requires_grad` set as the recipe asks, and its processor.
+
+    Args:
+        recipe: the run's.
+        vocabularies: class names that a tokenizer made of words has to know.
+    """
+    torch.manual_seed(derive_seed(recipe.seed, INITIALISATION))
+    if recipe.model.from_pretrained is not None:
+        model = _pretrained(recipe.model)
+        processor = _pretrained_processor(recipe.model.from_pretrained, recipe.processor)
+    else:
+        method = find_method(recipe.model.model_type)
+        processor = _new_processor(method, recipe, vocabularies)
+        model = _around_clip(method, recipe.model) if recipe.model.from_clip else _random(method, recipe, processor)
+    select_trainable(model, recipe.model.trainable)
+    if recipe.model.activation_checkpointing:
+        model.activation_checkpointing_enable()
+    return model, processor
+
+
+def find_method(model_type: str) -> Method:
+    """The row of the methods' table; `RecipeError` when there is none."""
+    methods = {method.model_type: method for method in METHODS}
+    if model_type not in methods:
+        raise RecipeError(unknown_key(f"model.model_type: {model_type}", model_type, methods))
+    return methods[model_type]
+
+
+def select_trainable(model: nn.Module, trainable: str | list[str]) -> None:
+    """Set `requires_grad` of every parameter; see `ModelRecipe.trainable`.
+
+    Raises:
+        RecipeError: an expression that finds no parameter, or an invalid one.
+    """
+    if trainable == "method":
+        return
+    if trainable == "all":
+        model.requires_grad_(True)
+        return
+    names = [name for name, _ in model.named_parameters()]
+    for pattern in trainable:
+        try:
+            found = any(re.search(pattern, name) for name in names)
+        except re.error as error:
+            raise RecipeError(f"model.trainable: {pattern!r} is no regular expression: {error}.") from error
+        if not found:
+            raise RecipeError(
+                f"model.trainable: {pattern!r} finds none of the {len(names)} parameters ({names[0]}, ...)."
+            )
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(any(re.search(pattern, name) for pattern in trainable))
+
+
+def trainable_parameters(model: nn.Module) -> int:
+    """How many numbers are trained."""
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def _pretrained(recipe: ModelRecipe) -> Any:
+    options = {} if recipe.attention is None else {"attn_implementation": recipe.attention}
+    return AutoModelForOpenVocabularySegmentation.from_pretrained(
+        recipe.from_pretrained, dtype=torch.float32, **options, **recipe.config
+    )
+
+
+def _around_clip(method: Method, recipe: ModelRecipe) -> Any:
+    model_class = load_class(method.model)
+    if recipe.from_sam is not None:
+        model = model_class.from_clip_and_sam(recipe.from_clip, recipe.from_sam, **recipe.config)
+    else:
+        model = model_class.from_clip(recipe.from_clip, **recipe.config)
+    if recipe.attention is not None:
+        model.set_attn_implementation(recipe.attention)
+    return model.float()
+
+
+def _random(method: Method, recipe: Recipe, processor: Any) -> Any:
+    values = dict(recipe.model.config)
+    if recipe.processor.tokenizer == WORDS:
+        tokenizer = processor.tokenizer
+        clip = dict(values.get("clip_config") or {})
+        clip["text_config"] = {
+            **(clip.get("text_config") or {}),
+            "vocab_size": len(tokenizer),
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        }
+        values["clip_config"] = clip
+    config = load_class(method.config)(**values)
+    options = {} if recipe.model.attention is None else {"attn_implementation": recipe.model.attention}
+    return load_class(method.model)._from_config(config, **options)
+
+
+def _pretrained_processor(source: str, recipe: ProcessorRecipe) -> Any:
+    processor = AutoProcessor.from_pretrained(source)
+    image_processor = processor.image_processor
+    if recipe.image_processor:
+        image_processor = _image_processor(type(image_processor), recipe, image_processor.to_dict())
+    tokenizer = processor.tokenizer if recipe.tokenizer is None else AutoTokenizer.from_pretrained(recipe.tokenizer)
+    return type(processor)(image_processor, tokenizer, recipe.templates or processor.prompt_templates)
+
+
+def _new_processor(method: Method, recipe: Recipe, vocabularies: list[Vocabulary]) -> Any:
+    settings = recipe.processor
+    processor_class = load_class(method.processor)
+    image_processor = _image_processor(load_class(method.image_processor), settings, {})
+    source = settings.tokenizer or recipe.model.from_clip
+    if source is None:
+        raise RecipeError(
+            'processor.tokenizer is needed for a model with random weights: a folder, a Hub id, or "words" for a small '
+            "one made from the class names."
+        )
+    if source == WORDS:
+        templates = settings.templates or processor_class.default_templates
+        tokenizer = build_word_tokenizer(words_of(templates, vocabularies))
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    return processor_class(image_processor, tokenizer, settings.templates)
+
+
+def _image_processor(image_processor_class: Any, recipe: ProcessorRecipe, base: dict[str, Any]) -> Any:
+    known = image_processor_class().to_dict()
+    for name in recipe.image_processor:
+        if name not in known:
+            raise RecipeError(unknown_key(f"processor.image_processor.{name}", name, known))
+    return image_processor_class(**{**base, **recipe.image_processor})

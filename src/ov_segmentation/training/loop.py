@@ -1,0 +1,332 @@
+"""The training loop: recipe in, folder with log, checkpoints and an exported model out.
+
+A run is a function of recipe and seed. Its place is the number of optimizer steps done: order, augmentation, points in
+the loss and dropout are seeded from it, so a run that is killed and started again with the same command ends with the
+same weights and the same log (bit by bit on a CPU with the same number of threads).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import signal
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import GradientAccumulationPlugin, broadcast_object_list
+from tqdm.auto import tqdm
+
+from ..data.augmentation import build_augmentations
+from ..data.datasets import LabelledPictures, SegmentationData, load_segmentation_data
+from .building import build_model_and_processor, trainable_parameters
+from .checkpointing import CheckpointStore, TrainingState
+from .data_loading import StepBatches, TrainingSamples, training_loader
+from .evaluation import evaluate
+from .exporting import export_model
+from .optimization import build_optimizer, learning_rate_factor, set_learning_rates
+from .randomness import seed_step
+from .recipe import DataRecipe, Recipe
+from .run_folder import RunFolder
+from .trackers import JSONLinesTracker, build_trackers
+
+TERMINATED = 128 + signal.SIGTERM
+"""Exit status of a run that was asked to stop by SIGTERM, saved, and can be continued."""
+
+
+class Terminated(SystemExit):
+    """Raised after a checkpoint was written because of SIGTERM."""
+
+
+def train(recipe: Recipe, output: str | Path, resume: str = "auto", command: str = "") -> dict[str, Any]:
+    """Train, or continue training, and export the model.
+
+    Args:
+        recipe: what to do.
+        output: the run's folder: `recipe.yaml`, `log.jsonl`, `checkpoints/`, and at the end `model/` (model and
+            processor, loadable by `pipeline`) and `result.json`.
+        resume: "auto" continues from the last checkpoint in `output`, if there is one; "never" wants an empty folder.
+        command: shell command of the run, recorded in the exported weights.
+
+    Returns:
+        The run's figures, as in `result.json`.
+
+    Raises:
+        RunFolderError: `output` belongs to another recipe, or is not empty with resume="never".
+        RecipeError, CheckpointError, ValueError: with the place and what to do.
+        Terminated: SIGTERM came; everything is saved.
+    """
+    if recipe.threads is not None:
+        torch.set_num_threads(recipe.threads)
+    run = _Run(recipe, Path(output), resume)
+    with _termination_flag() as terminated:
+        run.train(terminated)
+    return run.finish(command)
+
+
+class _Run:
+    """One process's part of a run."""
+
+    def __init__(self, recipe: Recipe, output: Path, resume: str) -> None:
+        self.recipe = recipe
+        self.accelerator = Accelerator(
+            mixed_precision=recipe.precision,
+            gradient_accumulation_plugin=GradientAccumulationPlugin(
+                num_steps=recipe.accumulation, sync_with_dataloader=False
+            ),
+            # what a frozen CLIP computes last takes no part in the loss
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+        )
+        accelerator = self.accelerator
+        self.folder = RunFolder(output)
+        self.store = CheckpointStore(output / "checkpoints", recipe.checkpoint.total_limit)
+        self._on_main(lambda: self.folder.claim(recipe, resume))
+        self._on_main(self.store.remove_temporary)
+
+        data = load_data(recipe.data, recipe.model.model_type)
+        self.evaluation_pictures = self._evaluation_pictures(data)
+        vocabularies = [data.vocabulary, *([p.data.vocabulary] if (p := self.evaluation_pictures) else [])]
+        self.model, self.processor = build_model_and_processor(recipe, vocabularies)
+        self.model.train()
+        optimizer = build_optimizer(self.model, recipe.optimizer)
+        self.wrapped, self.optimizer = accelerator.prepare(self.model, optimizer)
+
+        pictures = data.split(recipe.data.train_split)
+        self.samples = TrainingSamples(pictures, build_augmentations(recipe.augmentation), recipe.seed)
+        text = self.processor(text=data.vocabulary, return_tensors="pt").to(accelerator.device)
+        # a frozen text side is run once
+        self.text = text if self.model.trains_text else {"text_embeds": self.model.encode_vocabulary(**text)}
+
+        self.state = TrainingState()
+        done = self.store.steps()
+        if done:
+            self.state = self.store.load(accelerator, self.wrapped, self.optimizer, done[-1])
+        self._start_trackers()
+        self._say(
+            f"{type(self.model).__name__}: {trainable_parameters(self.model):,} of "
+            f"{self.model.num_parameters():,} parameters are trained, on {len(pictures):,} pictures of "
+            f"{len(data.vocabulary)} classes; {accelerator.num_processes} process(es), device {accelerator.device}."
+        )
+        if done:
+            self._say(f"Continuing after optimizer step {self.state.step} of {recipe.steps}.")
+
+    def train(self, terminated: list[bool]) -> None:
+        """Run the remaining optimizer steps."""
+        recipe, state = self.recipe, self.state
+        batches = self._batches()
+        bar = tqdm(
+            total=recipe.steps,
+            initial=state.step,
+            desc="training",
+            unit="step",
+            disable=not self.accelerator.is_local_main_process,
+        )
+        last = time.monotonic()
+        while state.step < recipe.steps and not self._stopped_early():
+            self._optimizer_step(batches)
+            state.step += 1
+            now = time.monotonic()
+            state.seconds, last = state.seconds + now - last, now
+            bar.update()
+            is_last = state.step == recipe.steps
+            if is_last or state.step % recipe.log_interval == 0:
+                bar.set_postfix(loss=f"{self._log():.4g}")
+            improved = False
+            if self.evaluation_pictures and (is_last or state.step % recipe.evaluation.interval == 0):
+                improved = self._evaluate()
+                is_last = is_last or self._stopped_early()
+            stop = self._any(terminated[0])
+            if improved or is_last or stop or state.step % recipe.checkpoint.interval == 0:
+                self.store.save(self.accelerator, self.wrapped, self.optimizer, state)
+            if stop and not is_last:
+                self.accelerator.end_training()
+                self._say(f"Stopped by SIGTERM after step {state.step}; the same command continues.")
+                raise Terminated(TERMINATED)
+        bar.close()
+
+    def finish(self, command: str) -> dict[str, Any]:
+        """Export the model and write `result.json`."""
+        recipe, state = self.recipe, self.state
+        wanted = state.best_step if recipe.export.weights == "best" and state.best_step is not None else state.step
+        result = {
+            "steps": state.step,
+            "seconds": state.seconds,
+            "best_step": state.best_step,
+            "best_miou": state.best_score,
+            "exported_step": wanted,
+            "trainable_parameters": trainable_parameters(self.model),
+            "processes": self.accelerator.num_processes,
+            **self.folder.last_evaluation(),
+        }
+        if wanted != state.step:
+            self.model.load_state_dict(self.store.weights(wanted))
+        weights = self.accelerator.get_state_dict(self.wrapped)
+        self._on_main(
+            lambda: export_model(
+                self.folder.model, self.model, weights, self.processor, recipe, {**result, "command": command}
+            )
+        )
+        self._on_main(lambda: self.folder.write_result(result))
+        self.accelerator.end_training()
+        self._say(f"Exported step {wanted} to {self.folder.model}.")
+        return result
+
+    def _batches(self) -> Iterator[dict[str, torch.Tensor]]:
+        accelerator, recipe = self.accelerator, self.recipe
+        order = StepBatches(
+            self.state.step,
+            recipe.steps,
+            recipe.batch_size,
+            recipe.accumulation,
+            accelerator.process_index,
+            accelerator.num_processes,
+        )
+        on_gpu = accelerator.device.type == "cuda"
+        return iter(training_loader(self.samples, order, self.processor.image_processor, recipe.num_workers, on_gpu))
+
+    def _optimizer_step(self, batches: Iterator[dict[str, torch.Tensor]]) -> None:
+        accelerator, recipe, step = self.accelerator, self.recipe, self.state.step
+        set_learning_rates(self.optimizer, learning_rate_factor(recipe.schedule, step, recipe.steps))
+        figures: dict[str, torch.Tensor] = {}
+        for micro_batch in range(recipe.accumulation):
+            batch = {key: value.to(accelerator.device) for key, value in next(batches).items()}
+            seed_step(recipe.seed, step, micro_batch, accelerator.process_index)
+            with accelerator.accumulate(self.wrapped):
+                outputs = self.wrapped(**batch, **self.text)
+                accelerator.backward(outputs.loss)
+                for name, value in {"loss": outputs.loss, **outputs.loss_dict}.items():
+                    figures[name] = figures.get(name, 0) + value.detach().double() / recipe.accumulation
+                if accelerator.sync_gradients and recipe.clip_grad_norm is not None:
+                    norm = accelerator.clip_grad_norm_(self.wrapped.parameters(), recipe.clip_grad_norm)
+                    figures["grad_norm"] = norm.detach().double()
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+        names = list(figures)
+        values = accelerator.reduce(torch.stack([figures[name].float() for name in names]), reduction="mean")
+        for name, value in zip(names, values.tolist(), strict=True):
+            self.state.sums[name] = self.state.sums.get(name, 0.0) + value
+        self.state.count += 1
+
+    def _log(self) -> float:
+        """Write the means since the last line; returns the loss."""
+        state = self.state
+        means = {name: total / state.count for name, total in state.sums.items()}
+        state.sums, state.count = {}, 0
+        loss = means["loss"]
+        if not abs(loss) < float("inf"):
+            raise FloatingPointError(
+                f"The loss is {loss} at optimizer step {state.step}. Lower the learning rate, clip the gradient "
+                f"(clip_grad_norm), or train in full precision (precision: no). The last checkpoint is intact."
+            )
+        rate = {"lr": self.optimizer.param_groups[0]["lr"] / self.optimizer.param_groups[0]["base_lr"]}
+        rate["lr"] *= self.recipe.optimizer.lr
+        self._track({f"train/{name}": value for name, value in {**means, **rate}.items()})
+        speed = state.step * self.recipe.batch_size / state.seconds
+        for tracker in self.accelerator.trackers:
+            if not isinstance(tracker, JSONLinesTracker):  # its file holds nothing that depends on the machine
+                tracker.log({"speed/pictures_per_second": speed}, step=state.step)
+        return loss
+
+    def _evaluate(self) -> bool:
+        """Evaluate and log; whether the score is the best so far."""
+        recipe, state = self.recipe, self.state
+        started = time.monotonic()
+        scores = evaluate(
+            self.model,
+            self.processor,
+            self.evaluation_pictures,
+            self.accelerator,
+            averaging=recipe.evaluation.averaging,
+            num_workers=recipe.num_workers,
+            progress=self._bar("evaluating"),
+        )
+        self._track({f"evaluation/{name}": value for name, value in scores.figures().items()})
+        self._say(f"step {state.step}: mIoU {scores.miou:.4f} ({time.monotonic() - started:.0f} s)")
+        improved = state.best_score is None or scores.miou > state.best_score
+        if improved:
+            state.best_score, state.best_step, state.evaluations_without_gain = scores.miou, state.step, 0
+        else:
+            state.evaluations_without_gain += 1
+        return improved
+
+    def _stopped_early(self) -> bool:
+        patience = self.recipe.evaluation.patience
+        return patience is not None and self.state.evaluations_without_gain >= patience
+
+    def _evaluation_pictures(self, data: SegmentationData) -> LabelledPictures | None:
+        recipe = self.recipe.evaluation
+        if recipe.data is not None:
+            data = load_data(recipe.data, self.recipe.model.model_type)
+        split = (recipe.data or self.recipe.data).eval_split
+        return None if split is None else data.split(split, recipe.max_samples)
+
+    def _start_trackers(self) -> None:
+        folder = self.folder.path
+        log_with, options = build_trackers(self.recipe.trackers, folder, self.state.step)
+        # accelerate wants them at construction, when the step to continue from is not known yet
+        self.accelerator.log_with = log_with
+        self.accelerator.project_configuration.set_directories(str(folder))
+        self.accelerator.init_trackers("trackers", init_kwargs=options)
+
+    def _track(self, values: dict[str, Any]) -> None:
+        self.accelerator.log(values, step=self.state.step)
+
+    def _any(self, flag: bool) -> bool:
+        """Whether it is set on any process."""
+        if self.accelerator.num_processes == 1:
+            return flag
+        count = self.accelerator.reduce(torch.tensor(float(flag), device=self.accelerator.device))
+        return bool(count.item())
+
+    def _on_main(self, action: Any) -> None:
+        """Run `action` on the main process; its error ends all processes."""
+        error = None
+        if self.accelerator.is_main_process:
+            try:
+                action()
+            except Exception as caught:
+                error = caught
+        outcome = broadcast_object_list([error]) if self.accelerator.num_processes > 1 else [error]
+        if outcome[0] is not None:
+            raise outcome[0]
+
+    def _bar(self, description: str) -> Any:
+        disable = not self.accelerator.is_local_main_process
+        return functools.partial(tqdm, desc=description, unit="picture", leave=False, disable=disable)
+
+    def _say(self, message: str) -> None:
+        if self.accelerator.is_main_process:
+            tqdm.write(message)
+
+
+def load_data(recipe: DataRecipe, protocol: str | None) -> SegmentationData:
+    """The data set of a recipe."""
+    return load_segmentation_data(
+        recipe.name,
+        config_name=recipe.config_name,
+        revision=recipe.revision,
+        image_column=recipe.image_column,
+        annotation_column=recipe.annotation_column,
+        class_names=recipe.class_names,
+        protocol=protocol,
+        ignore_index=recipe.ignore_index,
+        reduce_labels=recipe.reduce_labels,
+    )
+
+
+@contextlib.contextmanager
+def _termination_flag() -> Iterable[list[bool]]:
+    """A one-element list that becomes [True] when SIGTERM arrives; the handler before it is put back at the end."""
+    flag = [False]
+
+    def note(signum: int, frame: Any) -> None:
+        flag[0] = True
+
+    before = signal.signal(signal.SIGTERM, note)
+    try:
+        yield flag
+    finally:
+        signal.signal(signal.SIGTERM, before)

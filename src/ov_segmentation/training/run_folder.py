@@ -1,0 +1,77 @@
+"""The folder of a training run, and whose run it is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .recipe import Recipe, differences, recipe_values
+from .trackers import LOG_FILE, read_log
+
+RECIPE, RESULT, MODEL = "recipe.yaml", "result.json", "model"
+
+
+class RunFolderError(RuntimeError):
+    """An output folder that this run must not write to."""
+
+
+class RunFolder:
+    """`recipe.yaml`, `log.jsonl`, `checkpoints/`, `model/`, `result.json`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def model(self) -> Path:
+        """The exported model and processor."""
+        return self.path / MODEL
+
+    def claim(self, recipe: Recipe, resume: str) -> None:
+        """Make the folder this recipe's, or find that it is.
+
+        Raises:
+            RunFolderError: it holds a run of another recipe, something else, or (resume="never") anything.
+        """
+        file = self.path / RECIPE
+        values = recipe_values(recipe)
+        if self.path.exists() and not self.path.is_dir():
+            raise RunFolderError(f"{self.path} is a file; give a folder with --output.")
+        contents = sorted(item.name for item in self.path.iterdir()) if self.path.is_dir() else []
+        if contents and resume == "never":
+            raise RunFolderError(f"{self.path} is not empty ({', '.join(contents[:5])}); give another --output.")
+        if file.is_file():
+            other = yaml.safe_load(file.read_text(encoding="utf-8"))
+            if changed := differences(values, other):
+                raise RunFolderError(
+                    f"{self.path} holds a run of another recipe; they differ in {', '.join(changed)}. Give another "
+                    f"--output, or remove that folder."
+                )
+        elif contents:
+            raise RunFolderError(
+                f"{self.path} holds {', '.join(contents[:5])} but no {RECIPE}: it is no training run. Give "
+                f"another --output."
+            )
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+
+    def last_evaluation(self) -> dict[str, Any]:
+        """The figures of the log's last evaluation, without their prefix."""
+        prefix = "evaluation/"
+        for line in reversed(read_log(self.path / LOG_FILE)):
+            if found := {key[len(prefix) :]: value for key, value in line.items() if key.startswith(prefix)}:
+                return found
+        return {}
+
+    def write_result(self, result: dict[str, Any]) -> None:
+        """Write `result.json`."""
+        write_atomically(self.path / RESULT, json.dumps(result, indent=1) + "\n")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a small file so that it is there whole or not at all."""
+    partial = path.with_name(path.name + ".tmp")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
