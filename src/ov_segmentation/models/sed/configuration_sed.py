@@ -35,8 +35,8 @@ class SEDConfig(OpenVocabularySegmentationConfig):
         kernel_sizes: of the depthwise convolution in each decoder layer, odd (the paper's study: 7, 9, 11).
         num_attention_heads: of the class attention.
         spatial_aggregation, class_aggregation: whether decoder layers have these two parts.
-        feature_fusion: what decoder layers see beside the cost volume: "none", "features" (encoder feature maps), "cost"
-            (the cost map, upsampled), or "features_and_cost". A plain encoder without skips has "none" or "cost".
+        feature_fusion: what decoder layers see beside the cost volume: "none", "features" (encoder feature maps),
+            "cost" (the cost map, upsampled), or "features_and_cost". Plain encoders without skips: "none" or "cost".
         detach_image_guidance: no gradient from the guidance to the encoder ("gradient stop").
         skip_layers: of a plain encoder: the block (from 0) whose output guides each decoder layer, below the last.
             None: at three quarters, a half and a quarter of the depth.
@@ -49,8 +49,8 @@ class SEDConfig(OpenVocabularySegmentationConfig):
             of the k best classes. None: off.
         class_chunk_size: how many (picture, class) pairs go through a layer at a time; bounds memory, exact. None: all.
         crop_batch_size: pictures, or views, that the encoder takes at once; None: all.
-        window_pixels, window_stride, canvas_size: of the sliding window: side of a window, distance between windows, and
-            (height, width) of the canvas that they are cut from.
+        window_pixels, window_stride, canvas_size: of the sliding window: side of a window, distance between windows,
+            and (height, width) of the canvas that they are cut from.
         global_view: whether the whole picture is one more view.
         ignore_as_negative: whether ignored pixels count as negatives of every class in the loss, as in the original.
         auxiliary_loss_weight: of the loss terms of the auxiliary heads; 0 leaves them out.

@@ -102,7 +102,7 @@ class CostEmbedding(nn.Module):
 
 
 class CostGuidance(nn.Module):
-    """The next level of the cost guidance: transposed 2 x 2 convolution and ReLU, `[n, h, w, G]` -> `[n, 2h, 2w, G']`."""
+    """The next level of the cost guidance: `[n, h, w, G]` -> `[n, 2h, 2w, G']`, transposed 2 x 2 convolution, ReLU."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -9,9 +10,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import CLIPTextModelWithProjection, CLIPVisionModel, ConvNextModel
+from transformers import CLIPModel, CLIPTextModelWithProjection, CLIPVisionModel, ConvNextModel
 from transformers import initialization as init
 
+from ...conversion import load_converted
+from ...layers.clip_stem import install_clip_stem
+from ...layers.convnext_clip import ConvNextCLIPModel
 from ...layers.correlation import correlation
 from ...layers.dense_clip import dense_clip_features
 from ...layers.initialization import init_torch_defaults
@@ -21,9 +25,12 @@ from ...modeling_base import FROM_CONFIG, OpenVocabularySegmentationModel
 from ...modeling_outputs import ImageState, OpenVocabularySegmentationOutput
 from .configuration_sed import SEDConfig
 from .decoder import ClassChunk, CostEmbedding, LargeKernelBlock, SEDDecoderLayer, reject
+from .foundations import clip_parts, find_open_clip, read_open_clip
 
 # logit of a rejected class: finite, because interpolating -inf gives NaN
 REJECTED = -100.0
+# what no CLIP holds
+DECODER_PREFIXES = ("image_guidance.", "cost_embedding.", "decoder.")
 
 
 @dataclass
@@ -75,6 +82,7 @@ class SEDForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
         super().__init__(config)
         vision_class = CLIPVisionModel if config.has_plain_encoder else ConvNextModel
         self.vision_model = vision_class._from_config(config.vision_config)
+        install_clip_stem(self, config.clip_stem)
         self.visual_projection = self._make_projection(config)
         self.text_model = CLIPTextModelWithProjection._from_config(config.text_config)
         layers = config.num_decoder_layers
@@ -143,6 +151,31 @@ class SEDForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
         if self.training and name in known and given.get(name, FROM_CONFIG) == FROM_CONFIG:
             given = {**given, name: self.config.train_class_attention_pooling}
         return super()._resolve_switches(given, known)
+
+    @classmethod
+    def from_clip(
+        cls, clip: str | os.PathLike | ConvNextCLIPModel | CLIPModel, **config: Any
+    ) -> SEDForOpenVocabularySegmentation:
+        """An untrained model around a trained CLIP: what training starts from.
+
+        Args:
+            clip: a folder or Hub id in OpenCLIP's layout with a ConvNeXt (LAION's), a folder of a `ConvNextCLIPModel`
+                or, for the plain encoder, of a `CLIPModel`; or one of these models itself.
+            config: values for the configuration; `vision_config` and `text_config` are merged into what CLIP says.
+
+        Raises:
+            ConversionError: damaged or missing weights, or an OpenCLIP model without ConvNeXt.
+        """
+        if isinstance(clip, (str, os.PathLike)) and find_open_clip(clip) is not None:
+            values, weights = read_open_clip(clip)
+        else:
+            values, weights = clip_parts(clip)
+        for name in ("vision_config", "text_config"):
+            values[name] = {**values[name], **config.pop(name, {})}
+        model = cls(cls.config_class(**{**values, **config}))
+        decoder = [key for key in model.state_dict() if key.startswith(DECODER_PREFIXES)]
+        load_converted(model, {**{key: model.state_dict()[key] for key in decoder}, **weights})
+        return model
 
     # ------------------------------------------------------------------ picture side
 
