@@ -80,13 +80,13 @@ class OpenVocabularySegmentationProcessor(ProcessorMixin):
         ids = self.tokenizer(list(rows), return_attention_mask=False, verbose=False)["input_ids"]
         limit = min(self.tokenizer.model_max_length, self.context_length)
         end = self.tokenizer.eos_token_id
-        longest = min(max(map(len, ids)), limit)
-        # one more row, of zeros: absent synonyms point to it. 0 is also what the originals pad with
-        table = np.zeros((2, len(ids) + 1, longest), dtype=np.int64)
-        for row, tokens in enumerate(ids):
-            tokens = tokens if len(tokens) <= limit else [*tokens[: limit - 1], end]
-            table[:, row, : len(tokens)] = tokens, np.ones(len(tokens))
-        broken = {row for row, tokens in enumerate(ids) if tokens.index(end) < len(tokens) - 1}
+        kept = [tokens if len(tokens) <= limit else [*tokens[: limit - 1], end] for tokens in ids]
+        lengths = np.array([*map(len, kept), 0])
+        # the last row is empty: absent synonyms point to it. Padded with 0, as the originals do
+        mask = np.arange(lengths.max()) < lengths[:, None]
+        table = np.zeros(mask.shape, dtype=np.int64)
+        table[mask] = np.concatenate(kept)
+        broken = {row for row, tokens in enumerate(ids) if end in tokens[:-1]}
         if broken:
             raise ValueError(
                 f"The tokenizer knows no token for a character of, or reads its end token in, the class names "
@@ -104,8 +104,8 @@ class OpenVocabularySegmentationProcessor(ProcessorMixin):
         for k, by_template in enumerate(prompts):
             for p, texts in enumerate(by_template):
                 grid[k, p, : len(texts)] = [rows[text] for text in texts]
-        input_ids, attention_mask = table[:, grid if synonyms > 1 else grid[..., 0]]
-        return {"input_ids": input_ids, "attention_mask": attention_mask}
+        grid = grid if synonyms > 1 else grid[..., 0]
+        return {"input_ids": table[grid], "attention_mask": mask[grid].astype(np.int64)}
 
     def post_process_semantic_segmentation(
         self,
