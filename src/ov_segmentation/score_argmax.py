@@ -1,0 +1,114 @@
+"""The winning class of every pixel without ever holding all scores.
+
+The picture is cut into tiles. In a tile, a class whose highest possible score is below another's lowest possible score
+cannot win; the rest, usually a handful, are evaluated. That is exact: bounds come from the maps themselves, and
+interpolation never leaves the range of its inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from .resampling import Bilinear, Span
+from .score_fields import Field
+
+# More than rounding can shift a score: bounds and scores are sums of the same terms in another order.
+_SLACK = 1e-4
+_TILES_PER_SIDE = 24
+_MIN_TILE = 32
+_ACCELERATOR_BYTES = 256 * 2**20
+
+
+@dataclass
+class LabelMap:
+    """Result for one picture of H x W pixels and K classes.
+
+    Args:
+        index: `[H, W]` int64, the class of the highest score, the lowest index where several share it; 0 where all
+            scores are 0.
+        best: `[H, W]`, its score.
+        total: `[H, W]`, the sum of all classes' scores, or None.
+        scores: `[K, H, W]`, or None.
+    """
+
+    index: torch.Tensor
+    best: torch.Tensor
+    total: torch.Tensor | None
+    scores: torch.Tensor | None
+
+
+def draw_label_map(field: Field, size: tuple[int, int], with_total: bool, with_scores: bool) -> LabelMap:
+    """Interpolate a field to `size` (height, width) and find the best class of every pixel.
+
+    Args:
+        field: scores, see `score_fields`.
+        size: height and width of the result.
+        with_total: also the sum over the classes.
+        with_scores: also all scores, `[K, H, W]`.
+    """
+    resize = Bilinear(field.size, size)
+    device = field.device
+    every_class = torch.arange(field.num_classes, device=device)
+    result = LabelMap(
+        index=torch.zeros(size, dtype=torch.long, device=device),
+        best=torch.zeros(size, device=device),
+        total=torch.zeros(size, device=device) if with_total else None,
+        scores=torch.zeros(field.num_classes, *size, device=device) if with_scores else None,
+    )
+    for rows, columns in _tiles(size, field.num_classes, device):
+        tile = (slice(*rows), slice(*columns))
+        window = field.window(*resize.window(rows, columns))
+        if with_total:
+            result.total[tile] = resize(window.total()[..., None], rows, columns)[..., 0]
+        # scores of 0 never win: index 0 and score 0 are what a pixel without any score gets
+        promising = (window.high * (1 + _SLACK) >= window.low.max()) & (window.high > 0)
+        classes = every_class if with_scores else every_class[promising]
+        if not len(classes):
+            continue
+        scores = resize(window.scores(classes), rows, columns)
+        best, winner = scores.max(-1)
+        result.best[tile] = best
+        result.index[tile] = torch.where(best > 0, classes[winner], 0)
+        if with_scores:
+            result.scores[:, tile[0], tile[1]] = scores.permute(2, 0, 1)
+    return result
+
+
+def _tiles(size: tuple[int, int], num_classes: int, device: torch.device) -> Iterator[tuple[Span, Span]]:
+    height, width = size
+    if device.type == "cpu":
+        tile_height, tile_width = (max(_MIN_TILE, -(-side // _TILES_PER_SIDE)) for side in size)
+    else:  # launching small kernels costs more than scores that cannot win
+        tile_height, tile_width = max(1, _ACCELERATOR_BYTES // (4 * width * max(num_classes, 256))), width
+    for top in range(0, height, tile_height):
+        for left in range(0, width, tile_width):
+            yield (top, min(top + tile_height, height)), (left, min(left + tile_width, width))
+
+
+def undominated_classes(weights: torch.Tensor) -> torch.Tensor:
+    """Indices of the classes that can win the merge of masks somewhere, ascending.
+
+    A class is left out if another one's weight is at least as high for every query. Where both reach the same score the
+    lower index wins, so a higher index only dominates by a margin that rounding cannot undo. Exact for any masks >= 0.
+
+    Args:
+        weights: `[N, K]`, non-negative weights of the merge.
+    """
+    num_queries, num_classes = weights.shape
+    columns = weights.t().contiguous()
+    margin = 1 + (2 * num_queries + 4) * torch.finfo(weights.dtype).eps
+    order = torch.arange(num_classes, device=weights.device)
+    # few pairs survive a look at the queries for which a class is strongest
+    pairs = order[:, None] != order[None]
+    for query in columns.topk(min(8, num_queries), dim=1).indices.unbind(1):
+        pairs &= weights[query] >= columns[order, query][:, None]
+    dominated = torch.zeros(num_classes, dtype=torch.bool, device=weights.device)
+    for chunk in pairs.nonzero().split(2**16):
+        weaker, stronger = chunk.unbind(1)
+        needed = columns[weaker] * torch.where(stronger < weaker, 1.0, margin)[:, None].to(weights.dtype)
+        dominated[weaker[(columns[stronger] >= needed).all(1)]] = True
+    dominated[0] &= not dominated.all()  # only if no class has any weight
+    return (~dominated).nonzero()[:, 0]

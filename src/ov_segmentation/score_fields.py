@@ -1,0 +1,195 @@
+"""Class scores as functions of position, evaluated only where and for the classes that are needed.
+
+A field has `num_classes`, a `size` (height, width), a `device` and `window(rows, columns)`, which looks at one
+rectangle of it. Fields of both families, and of several sliding views, look alike to `score_argmax.draw_label_map`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+
+from .resampling import Bilinear, Span
+
+Activation = Callable[[torch.Tensor], torch.Tensor]
+
+
+class Window(NamedTuple):
+    """One rectangle of a field of K non-negative scores.
+
+    low, high: `[K]`: no score in the rectangle is below or above them.
+    scores: function of class indices `[n]` that gives their scores `[rows, columns, n]`.
+    total: function that gives the sum over all classes `[rows, columns]`, pruned ones included.
+    """
+
+    low: torch.Tensor
+    high: torch.Tensor
+    scores: Callable[[torch.Tensor], torch.Tensor]
+    total: Callable[[], torch.Tensor]
+
+
+class Field(Protocol):
+    """What can be asked for its scores."""
+
+    size: tuple[int, int]
+    num_classes: int
+    device: torch.device
+
+    def window(self, rows: Span, columns: Span) -> Window:
+        """Look at one rectangle; spans are (start, stop) in pixels of the field."""
+        ...
+
+
+def _extremes(maps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    # rows first: several times faster than both axes at once
+    return maps.amin(0).amin(0), maps.amax(0).amax(0)
+
+
+class MaskField:
+    """Mask family: score[k] = sum over queries n of weights[n, k] * activation(mask logit n) (SAN eq. 4, MaskFormer).
+
+    Args:
+        logits: `[h, w, N]` mask logits.
+        weights: `[N, K]`, non-negative.
+        total_weights: `[N]`, the sum of the weights over all classes, pruned ones included.
+        sizes: the logits are interpolated to each of these (height, width) in turn, each result cropped to what the
+            next one takes: `[(resized to, cropped to), ...]`. The last crop is the field's size.
+        activation: monotone, applied after the last interpolation.
+    """
+
+    def __init__(
+        self,
+        logits: torch.Tensor,
+        weights: torch.Tensor,
+        total_weights: torch.Tensor,
+        sizes: Sequence[tuple[tuple[int, int], tuple[int, int]]],
+        activation: Activation,
+    ) -> None:
+        self.logits, self.weights, self.total_weights, self.activation = logits, weights, total_weights, activation
+        sources = [(logits.shape[0], logits.shape[1]), *(cropped for _, cropped in sizes)]
+        self.steps = [Bilinear(source, resized) for source, (resized, _) in zip(sources, sizes)]
+        self.size, self.num_classes, self.device = sources[-1], weights.shape[1], logits.device
+
+    def window(self, rows: Span, columns: Span) -> Window:
+        """Look at one rectangle."""
+        spans = [(rows, columns)]
+        for step in reversed(self.steps):
+            spans.append(step.window(*spans[-1]))
+        (top, bottom), (left, right) = spans.pop()
+        maps = self.logits[top:bottom, left:right]
+        for step in self.steps:
+            maps = step(maps, *spans.pop())
+        masks = self.activation(maps)
+        low, high = torch.stack(_extremes(masks)) @ self.weights
+        return Window(low, high, lambda classes: masks @ self.weights[:, classes], lambda: masks @ self.total_weights)
+
+
+class ClassField:
+    """Per-class family: one map per class.
+
+    Args:
+        maps: `[h, w, K]` logits, or scores if there is no activation.
+        size: (height, width) that the maps are interpolated to.
+        activation: monotone, applied after the interpolation; None: `maps` are scores already.
+        kept: bool `[K]`; the others score exactly 0. None: all are kept.
+    """
+
+    def __init__(
+        self,
+        maps: torch.Tensor,
+        size: tuple[int, int],
+        activation: Activation | None = None,
+        kept: torch.Tensor | None = None,
+    ) -> None:
+        self.maps, self.activation, self.size = maps, activation, size
+        self.num_classes, self.device = maps.shape[-1], maps.device
+        self.kept = None if kept is None else kept.to(maps.dtype)
+        self.resize = Bilinear((maps.shape[0], maps.shape[1]), size)
+        self.summed = None
+
+    def window(self, rows: Span, columns: Span) -> Window:
+        """Look at one rectangle."""
+        (top, bottom), (left, right) = self.resize.window(rows, columns)
+        source = (slice(top, bottom), slice(left, right))
+        low, high = (self._finish(extreme, slice(None)) for extreme in _extremes(self.maps[source]))
+
+        def scores(classes: torch.Tensor) -> torch.Tensor:
+            return self._finish(self.resize(self.maps[source][..., classes], rows, columns), classes)
+
+        def total() -> torch.Tensor:
+            if self.activation is not None:
+                return scores(torch.arange(self.num_classes, device=self.device)).sum(-1)
+            if self.summed is None:  # interpolation is linear: the sum of the maps is enough
+                self.summed = self._finish(self.maps, slice(None)).sum(-1, keepdim=True)
+            return self.resize(self.summed[source], rows, columns)[..., 0]
+
+        return Window(low, high, scores, total)
+
+    def _finish(self, maps: torch.Tensor, classes: torch.Tensor | slice) -> torch.Tensor:
+        scores = maps if self.activation is None else self.activation(maps)
+        return scores if self.kept is None else scores * self.kept[classes]
+
+
+class StitchedField:
+    """Sliding views on a canvas: windows that overlap are averaged, then averaged with the global view if there is one
+    (CAT-Seg, section 7 of its released evaluation).
+
+    Args:
+        fields: one per view, each of its box's size.
+        boxes: `[V][4]` (x0, y0, x1, y1) in canvas pixels. The last one is the global view if it is the whole canvas.
+        size: (height, width) of the canvas.
+
+    Raises:
+        ValueError: a box does not lie on the canvas, or the views leave a part of it uncovered.
+    """
+
+    def __init__(self, fields: Sequence[Field], boxes: Sequence[Sequence[int]], size: tuple[int, int]) -> None:
+        self.size, self.num_classes, self.device = size, fields[0].num_classes, fields[0].device
+        height, width = size
+        for x0, y0, x1, y1 in boxes:
+            if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
+                raise ValueError(f"View box {(x0, y0, x1, y1)} does not lie on the canvas of {height} x {width}.")
+        views = list(zip(boxes, fields))
+        self.whole = views.pop()[1] if tuple(boxes[-1]) == (0, 0, width, height) else None
+        self.views = views
+        self.count = torch.zeros(size, device=self.device)
+        for (x0, y0, x1, y1), _ in views:
+            self.count[y0:y1, x0:x1] += 1
+        if views and not self.count.all():
+            raise ValueError(f"The sliding windows leave {int((self.count == 0).sum())} canvas pixels uncovered.")
+
+    def window(self, rows: Span, columns: Span) -> Window:
+        """Look at one rectangle."""
+        if not self.views:
+            return self.whole.window(rows, columns)
+        parts = []
+        for (x0, y0, x1, y1), field in self.views:
+            top, bottom, left, right = max(rows[0], y0), min(rows[1], y1), max(columns[0], x0), min(columns[1], x1)
+            if top < bottom and left < right:
+                place = (slice(top - rows[0], bottom - rows[0]), slice(left - columns[0], right - columns[0]))
+                parts.append((place, field.window((top - y0, bottom - y0), (left - x0, right - x0))))
+        # an average lies between the extremes of its parts
+        low = torch.stack([part.low for _, part in parts]).amin(0)
+        high = torch.stack([part.high for _, part in parts]).amax(0)
+        count = self.count[slice(*rows), slice(*columns)]
+        whole = None if self.whole is None else self.whole.window(rows, columns)
+
+        def stitch(values: Callable[[Window], torch.Tensor]) -> torch.Tensor:
+            pieces = [(place, values(part)) for place, part in parts]
+            trailing = pieces[0][1].shape[2:]
+            canvas = torch.zeros(*count.shape, *trailing, device=self.device)
+            for place, piece in pieces:
+                canvas[place] += piece
+            canvas /= count.reshape(*count.shape, *[1] * len(trailing))
+            return canvas if whole is None else (canvas + values(whole)) / 2
+
+        if whole is not None:
+            low, high = (low + whole.low) / 2, (high + whole.high) / 2
+        return Window(
+            low,
+            high,
+            lambda classes: stitch(lambda part: part.scores(classes)),
+            lambda: stitch(lambda part: part.total()),
+        )
