@@ -9,9 +9,10 @@ from torch.nn.functional import batch_norm, interpolate
 from transformers import SwinConfig
 from transformers.models.swin.modeling_swin import SwinDropPath
 
+from ov_segmentation.layers.configuration_maskformer import MaskProposalConfig, ResNetCConfig
 from ov_segmentation.layers.mask_crops import cropped_masks, mask_boxes, masked_crops
-from ov_segmentation.layers.maskformer import MaskProposalConfig, MaskProposalNetwork
-from ov_segmentation.layers.resnet_c import FrozenBatchNorm, ResNetC, ResNetCConfig
+from ov_segmentation.layers.maskformer import MaskProposalNetwork
+from ov_segmentation.layers.resnet_c import FrozenBatchNorm, ResNetC
 from ov_segmentation.layers.swin_backbone import SwinBackbone
 
 TINY_SWIN = {"model_type": "swin", "embed_dim": 8, "depths": [1, 1, 2, 1], "num_heads": [1, 1, 2, 2], "window_size": 4}

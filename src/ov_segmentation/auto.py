@@ -57,6 +57,7 @@ class Method(NamedTuple):
 METHODS = (
     Method("san", "SAN"),
     Method("sed", "SED"),
+    Method("ovseg", "OVSeg"),
     Method("cat_seg", "CATSeg"),
 )
 CLASS_MODULES = {name: module for method in METHODS for name, module in method.modules.items()}

@@ -9,11 +9,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from huggingface_hub.dataclasses import strict
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig, SwinConfig
+from transformers import PreTrainedConfig, SwinConfig
 from transformers import initialization as init
-from transformers.configuration_utils import SubConfigSpec
 from transformers.models.maskformer.configuration_maskformer import MaskFormerDetrConfig
 from transformers.models.maskformer.modeling_maskformer import (
     MaskFormerDetrDecoderLayer,
@@ -21,37 +19,10 @@ from transformers.models.maskformer.modeling_maskformer import (
     MaskFormerSinePositionEmbedding,
 )
 
+from .configuration_maskformer import MaskProposalConfig, ResNetCConfig
 from .mlp import MLP
-from .resnet_c import ConvNorm, FrozenBatchNorm, ResNetC, ResNetCConfig
+from .resnet_c import ConvNorm, FrozenBatchNorm, ResNetC
 from .swin_backbone import SwinBackbone
-
-
-@strict
-class MaskProposalConfig(PreTrainedConfig):
-    """Configuration of `MaskProposalNetwork`; the defaults are those of OVSeg, SimBaseline and DeOP.
-
-    Args:
-        backbone_config: `SwinConfig` or `ResNetCConfig`, or a dict with the `model_type` of one of them.
-        num_queries: N.
-        hidden_size, num_heads, feedforward_size, num_layers, dropout: of the transformer decoder.
-        pixel_decoder_size, mask_size: channels of the feature pyramid and of the mask embeddings.
-        embedding_hidden_size, embedding_layers: the MLP that maps a query to CLIP's space.
-    """
-
-    model_type = "ov_mask_proposal"
-    sub_configs_defaults = {"backbone_config": SubConfigSpec(config_class=AutoConfig, model_type="swin")}
-
-    backbone_config: dict | PreTrainedConfig | None = None
-    num_queries: int = 100
-    hidden_size: int = 256
-    num_heads: int = 8
-    feedforward_size: int = 2048
-    num_layers: int = 6
-    dropout: float | int = 0.1
-    pixel_decoder_size: int = 256
-    mask_size: int = 256
-    embedding_hidden_size: int = 1024
-    embedding_layers: int = 2
 
 
 class MaskProposals(NamedTuple):

@@ -8,52 +8,11 @@ Tricks for Image Classification" (2019), section 4.2 (ResNet-C stem); Chen et al
 from __future__ import annotations
 
 import torch
-from huggingface_hub.dataclasses import strict
 from torch import nn
-from transformers import PreTrainedConfig
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-NUM_STAGES = 4
-
-
-@strict
-class ResNetCConfig(PreTrainedConfig):
-    """Configuration of `ResNetC`; the defaults are ResNet-101c as MaskFormer uses it.
-
-    Args:
-        stem_channels: channels of the third stem convolution; the first two have half as many.
-        depths: bottlenecks per stage.
-        widths: channels of the 3x3 convolutions, per stage.
-        out_channels: channels of the stage outputs.
-        stride_in_1x1: the stride sits in the first 1x1 convolution instead of the 3x3.
-        stage3_dilation, stage4_dilation: dilation of the last two stages; above 1 the stage keeps its resolution.
-        stage4_multi_grid: factors on the dilation of the last stage's bottlenecks.
-        frozen_stages: 0: nothing, 1: the stem, 2: the stem and the first stage, and so on.
-    """
-
-    model_type = "ov_resnet_c"
-
-    stem_channels: int = 128
-    depths: list[int] | tuple[int, ...] = (3, 4, 23, 3)
-    widths: list[int] | tuple[int, ...] = (64, 128, 256, 512)
-    out_channels: list[int] | tuple[int, ...] = (256, 512, 1024, 2048)
-    stride_in_1x1: bool = False
-    stage3_dilation: int = 1
-    stage4_dilation: int = 1
-    stage4_multi_grid: list[int] | tuple[int, ...] = (1, 2, 4)
-    frozen_stages: int = 2
-
-    def validate_architecture(self) -> None:
-        """Four values per stage list, and one multi-grid factor per bottleneck of the last stage."""
-        for name in ("depths", "widths", "out_channels"):
-            if len(getattr(self, name)) != NUM_STAGES:
-                raise ValueError(f"{name} needs {NUM_STAGES} values, one per stage, got {list(getattr(self, name))}.")
-        if len(self.stage4_multi_grid) != self.depths[-1]:
-            raise ValueError(
-                f"stage4_multi_grid needs one factor for each of the {self.depths[-1]} bottlenecks of the last stage, "
-                f"got {list(self.stage4_multi_grid)}."
-            )
+from .configuration_maskformer import NUM_STAGES, ResNetCConfig
 
 
 class FrozenBatchNorm(nn.Module):

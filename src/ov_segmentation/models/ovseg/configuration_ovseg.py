@@ -9,7 +9,7 @@ from transformers import CLIPConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 from ...configuration_base import OpenVocabularySegmentationConfig
-from ...layers.maskformer import MaskProposalConfig
+from ...layers.configuration_maskformer import MaskProposalConfig
 
 VIT_L_14 = {
     "projection_dim": 768,

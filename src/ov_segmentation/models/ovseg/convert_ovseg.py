@@ -1,0 +1,104 @@
+"""Conversion of OVSeg's releases, of CLIP adaptation checkpoints joined to them, and of SimBaseline."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+
+from ...conversion import ConversionError, KeyRules, Rule, StateDict, clip_rules, load_converted, read_checkpoint
+from ...conversion_maskformer import detectron2_rules, is_second_adapter
+from .configuration_ovseg import OVSegConfig
+from .modeling_ovseg import OVSegForOpenVocabularySegmentation
+
+DEFAULT_TOKENIZER = "openai/clip-vit-large-patch14"
+VIT_B_16 = {"vision_config": {"patch_size": 16, "image_size": 224}}
+RESNET_101C = {"backbone_config": {"model_type": "ov_resnet_c"}}
+
+
+def ovseg_swinbase_vitl14() -> OVSegConfig:
+    """Swin-B and ViT-L/14: the configuration's defaults."""
+    return OVSegConfig(weights_license="cc-by-nc-4.0")
+
+
+def ovseg_r101c_vitb16() -> OVSegConfig:
+    """ResNet-101c and ViT-B/16."""
+    return OVSegConfig(
+        clip_config=VIT_B_16, mask_config=RESNET_101C, mask_threshold=0.5, weights_license="cc-by-nc-4.0"
+    )
+
+
+def simbaseline_coco156() -> OVSegConfig:
+    """SimBaseline on the 156 seen classes of COCO-Stuff, with a learned text prompt."""
+    return OVSegConfig(
+        clip_config=VIT_B_16,
+        mask_config=RESNET_101C,
+        mask_threshold=0.5,
+        prompt_type="none",
+        num_context_vectors=16,
+        ensemble_weight=0.8,
+    )
+
+
+VARIANTS = {
+    "ovseg_swinbase_vitL14_ft_mpt": ovseg_swinbase_vitl14,
+    "ovseg_R101c_vitB16_ft_mpt": ovseg_r101c_vitb16,
+    "simbaseline_coco156": simbaseline_coco156,
+}
+
+
+def image_processor_size(config: OVSegConfig) -> dict[str, int]:
+    """The test resize that belongs to a configuration: 512 / 2048 for OVSeg's ResNet, 640 / 2560 for the others."""
+    resnet = config.mask_config.backbone_config.model_type == "ov_resnet_c"
+    if resnet and config.prompt_type == "mask":
+        return {"shortest_edge": 512, "longest_edge": 2048}
+    return {"shortest_edge": 640, "longest_edge": 2560}
+
+
+MASK_PROMPTS = "visual_prompts.embedding"
+
+
+def key_rules(config: OVSegConfig) -> KeyRules:
+    """The rules for checkpoints of `config`'s parts."""
+    return detectron2_rules(config.mask_config, Rule(r"clip_adapter\.clip_model\.visual\.mask_embedding", MASK_PROMPTS))
+
+
+def map_keys(keys: Iterable[str], config: OVSegConfig) -> dict[str, list[str] | str]:
+    """Each source key -> its target keys, or the reason why it is dropped."""
+    keys = list(keys)
+    second = [key for key in keys if is_second_adapter(key)]
+    if second:
+        raise ConversionError(
+            "This is SimBaseline's VOC variant with two prompt learners and a second CLIP, which is not supported; the "
+            "COCO-Stuff variant is. Keys of the second adapter:",
+            second,
+        )
+    return key_rules(config).map_keys(keys)
+
+
+def convert(
+    checkpoint: str | os.PathLike, config: OVSegConfig, clip_checkpoint: str | os.PathLike | None = None
+) -> OVSegForOpenVocabularySegmentation:
+    """The model of an original checkpoint file.
+
+    Args:
+        checkpoint: a release, or a MaskFormer trained with the original code.
+        config: of its size, see `VARIANTS`.
+        clip_checkpoint: an adapted CLIP (open_clip's training checkpoint): its weights, mask prompts among them,
+            replace those in `checkpoint`.
+
+    Raises:
+        ConversionError: see `conversion`.
+    """
+    source = read_checkpoint(checkpoint)
+    map_keys(source, config)
+    weights = key_rules(config).convert(source)
+    if clip_checkpoint is not None:
+        weights.update(convert_adapted_clip(read_checkpoint(clip_checkpoint)))
+    model = OVSegForOpenVocabularySegmentation(config)
+    load_converted(model, weights)
+    return model
+
+
+def convert_adapted_clip(source: StateDict) -> StateDict:
+    """An open_clip checkpoint of OVSeg's CLIP adaptation, under our names: `clip.*` and the mask prompts."""
+    return KeyRules([Rule(r"visual\.mask_embedding", MASK_PROMPTS), *clip_rules()]).convert(source)
