@@ -2,7 +2,7 @@
 
 An `Image` feature cannot hold names, and a dataset's description does not survive parquet: only features do (in the
 schema's metadata). So the names sit in a column `classes` of type `List(ClassLabel(names=...))`, whose value in a row
-is the list of the classes in that row's label map. `to_parquet`, `save_to_disk`, `push_to_hub` and `load_dataset` keep it.
+is the list of the classes in that row's label map. `to_parquet`, `save_to_disk` and `load_dataset` keep it.
 """
 
 from __future__ import annotations

@@ -11,8 +11,9 @@ import itertools
 import random
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
+from typing import Any
 
 TIERS = ("a", "b", "c")
 
@@ -61,6 +62,10 @@ class SceneVocabulary:
             if unknown:
                 raise ValueError(f"{field} holds {unknown}, which the generator cannot draw; it knows {list(words)}.")
         _ = self.tiers  # an impossible hold-out is an error here and not in the middle of a run
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Without what is cached, so that a data set's fingerprint does not depend on what was looked at before.
+        return type(self), tuple(getattr(self, item.name) for item in fields(self))
 
     @classmethod
     def small(cls) -> SceneVocabulary:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 
@@ -95,7 +94,7 @@ class SceneGenerator:
         self.stuff = torch.tensor(vocabulary.classes_of(tiers, "stuff"))
         if len(self.things) == 0 or len(self.stuff) == 0:
             raise ValueError(f"tiers={list(tiers)} hold no thing or no stuff class: nothing to draw.")
-        self._block = lru_cache(maxsize=2)(self._render_block)
+        self._last_block: tuple[int, SceneBatch] | None = None
         thing_table = [
             (vocabulary.colours[c], vocabulary.patterns[p], vocabulary.shapes[s])
             for c, p, s in vocabulary.thing_attributes
@@ -117,7 +116,9 @@ class SceneGenerator:
         for block in range(start // BLOCK, (start + count - 1) // BLOCK + 1):
             first = max(start - block * BLOCK, 0)
             last = min(start + count - block * BLOCK, BLOCK)
-            parts.append(self._block(block)[first:last])
+            if self._last_block is None or self._last_block[0] != block:
+                self._last_block = (block, self._render_block(block))
+            parts.append(self._last_block[1][first:last])
         return SceneBatch.concatenate(parts)
 
     def batches(self, batch_size: int, num: int, start: int = 0) -> Iterator[SceneBatch]:

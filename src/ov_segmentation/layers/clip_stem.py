@@ -75,7 +75,7 @@ class CLIPStem(PreTrainedModel):
     inside a native `CLIPModel`, a plain module would get CLIP's.
     """
 
-    config: CLIPStemConfig
+    config_class = CLIPStemConfig
     base_model_prefix = ""
     main_input_name = "pixel_values"
     _supports_sdpa = True
@@ -105,12 +105,6 @@ class CLIPStem(PreTrainedModel):
         """
         return self.stages[0].weight.new_empty(0)
 
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, CLIPStem):
-            init_clip_stem_weights(module)
-
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Map pictures [B, 3, H, W] to features [B, C, H // stride, W // stride].
 
@@ -123,13 +117,13 @@ class CLIPStem(PreTrainedModel):
 
 @torch.no_grad()
 def init_clip_stem_weights(module: CLIPStem) -> None:
-    """He initialisation of all convolutions of a stem (fan out); GroupNorms start at scale 1, shift 0.
+    """Draw all convolutions of a stem from N(0, initializer_range) and reset its GroupNorms; loaded tensors stay.
 
-    Loaded tensors are left as they are (`transformers.initialization`).
+    A norm follows every convolution, so the weights' scale does not reach the output. Building a stem does the same.
     """
     for child in module.modules():
         if isinstance(child, nn.Conv2d):
-            init.kaiming_normal_(child.weight, mode="fan_out", nonlinearity="relu")
+            init.normal_(child.weight, std=module.config.initializer_range)
         elif isinstance(child, nn.GroupNorm):
             init.ones_(child.weight)
             init.zeros_(child.bias)

@@ -29,7 +29,7 @@ class ConvNextCLIPConfig(PreTrainedConfig):
     """Configuration of [`ConvNextCLIPModel`].
 
     Args:
-        vision_config: a `ConvNextConfig`; its `layer_norm_eps` has to be 1e-6, as OpenCLIP's (not transformers' default).
+        vision_config: a `ConvNextConfig`; its `layer_norm_eps` has to be OpenCLIP's 1e-6 (not transformers' default).
         text_config: a `CLIPTextConfig`; its `projection_dim` is the width of the common space.
         logit_scale_init_value: logarithm of the initial temperature factor.
     """
@@ -52,7 +52,7 @@ class ConvNextCLIPConfig(PreTrainedConfig):
 class ConvNextCLIPModel(PreTrainedModel):
     """Picture and text towers of a ConvNeXt CLIP, with the feature functions of `CLIPModel`."""
 
-    config: ConvNextCLIPConfig
+    config_class = ConvNextCLIPConfig
     base_model_prefix = ""
     main_input_name = "pixel_values"
     input_modalities = ("image", "text")

@@ -186,7 +186,7 @@ def train_clip(
         progress_bar: show one.
 
     Returns:
-        The last line of the log: step, seconds, loss and the zero-shot figures.
+        The last line of the log: step, seconds (wall clock, and of the processor), loss and the zero-shot figures.
     """
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
@@ -205,7 +205,7 @@ def train_clip(
     optimizer = torch.optim.AdamW(
         parameter_groups(model, recipe.weight_decay), lr=recipe.learning_rate, betas=recipe.betas
     )
-    start, line = time.monotonic(), {}
+    start, cpu_start, line = time.monotonic(), time.process_time(), {}
     losses: list[float] = []
     (output / "recipe.json").write_text(json.dumps({**asdict(recipe), "seed": seed}, indent=1) + "\n")
     with (output / LOG_FILE).open("w") as log, tqdm(total=recipe.steps, disable=not progress_bar) as bar:
@@ -229,6 +229,7 @@ def train_clip(
                     "step": step,
                     "pictures": step * recipe.batch_size,
                     "seconds": round(time.monotonic() - start, 1),
+                    "cpu_seconds": round(time.process_time() - cpu_start, 1),
                     "loss": sum(losses) / len(losses),
                     "logit_scale": float(model.logit_scale.detach().exp()),
                     **figures,
