@@ -74,6 +74,11 @@ def test_figures_must_be_numbers(tmp_path, value):
     assert not path.exists()
 
 
+def test_a_run_records_what_it_had_loaded(tmp_path):
+    entry = add(tmp_path / "x.jsonl", code={"commit": "0" * 40, "dirty": False})
+    assert (entry["commit"], entry["dirty"]) == ("0" * 40, False)
+
+
 def test_own_fields_cannot_be_overridden(tmp_path):
     with pytest.raises(ValueError, match="commit"):
         add(tmp_path / "x.jsonl", commit="0" * 40)

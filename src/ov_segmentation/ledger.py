@@ -27,6 +27,7 @@ def append(
     figures: Mapping[str, Any],
     protocol: str | None = None,
     machine: str | None = None,
+    code: Mapping[str, Any] | None = None,
     **extra: Any,
 ) -> Entry:
     """Write one measurement as the ledger's last line, and return it.
@@ -42,6 +43,7 @@ def append(
         figures: the numbers: name -> number, or a list or mapping of numbers. Shares in [0, 1], not percentages.
         protocol: id of the evaluation protocol (name list, templates, resolution, ignored ids, averaged classes).
         machine: what it ran on; default: `describe_machine()`.
+        code: what ran, as `revision()` gave it when it started; default: what is there now.
         **extra: further fields (`method`, `dataset`, `recipe_hash`, ...).
 
     Raises:
@@ -49,7 +51,7 @@ def append(
     """
     entry: Entry = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        **_revision(),
+        **(revision() if code is None else code),
         "command": command,
         "seed": seed,
         "seconds": round(float(seconds), 3),
@@ -122,16 +124,16 @@ def describe_machine() -> str:
     return ", ".join(parts)
 
 
-def _revision() -> Entry:
+def revision() -> Entry:
     """Commit of the project that this file belongs to, and whether other tracked files differ from it.
 
-    `results/` does not count as a difference: one measurement must not make the next one's tree dirty.
+    `{"commit": hash, "dirty": bool}`, both None where the package does not lie in its own checkout. `results/` does not
+    count as a difference: one measurement must not make the next one's tree dirty.
     """
     file = Path(__file__).resolve()
     root = file.parent
-    if (
-        _git(root, "ls-files", "--error-unmatch", file.name) is None
-    ):  # installed from a wheel, maybe inside another project
+    # installed from a wheel, the file may lie inside another project's checkout
+    if _git(root, "ls-files", "--error-unmatch", file.name) is None:
         return {"commit": None, "dirty": None}
     commit = _git(root, "rev-parse", "HEAD")
     changed = _git(root, "status", "--porcelain", "--untracked-files=no", "--", ":/", ":(exclude,top)results")

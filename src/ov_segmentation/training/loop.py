@@ -20,6 +20,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import GradientAccumulationPlugin, broadcast_object_list
 from tqdm.auto import tqdm
 
+from .. import ledger
 from ..data.augmentation import build_augmentations
 from ..data.datasets import LabelledPictures, SegmentationData, load_segmentation_data
 from .building import build_model_and_processor, trainable_parameters
@@ -72,6 +73,7 @@ class _Run:
 
     def __init__(self, recipe: Recipe, output: Path, resume: str) -> None:
         self.recipe = recipe
+        self.code = ledger.revision()  # now: the checkout may move on while this process runs what it has loaded
         self.accelerator = Accelerator(
             mixed_precision=recipe.precision,
             gradient_accumulation_plugin=GradientAccumulationPlugin(
@@ -166,7 +168,12 @@ class _Run:
         weights = self.accelerator.get_state_dict(self.wrapped)
         self._on_main(
             lambda: export_model(
-                self.folder.model, self.model, weights, self.processor, recipe, {**result, "command": command}
+                self.folder.model,
+                self.model,
+                weights,
+                self.processor,
+                recipe,
+                {**result, **self.code, "command": command},
             )
         )
         self._on_main(lambda: self.folder.write_result(result))
