@@ -193,7 +193,7 @@ def test_post_processing_is_passed_on_with_background_names_resolved(processor, 
         "threshold": 0.5,
     }
     processor.post_process_semantic_segmentation("outputs", background="no_object")
-    assert seen["background"] == "no_object"
+    assert seen["background"] == ["no_object"]
     with pytest.raises(ValueError, match="labels="):
         processor.post_process_semantic_segmentation("outputs", background="tree")
 

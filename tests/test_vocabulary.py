@@ -115,7 +115,8 @@ def test_templates_by_name_and_single():
         (2, [2]),
         (["floor", "wall"], [1, 2]),
         (["wall", 1, 0], [0, 1]),
-        ("no_object", "no_object"),
+        ("no_object", ["no_object"]),
+        (["no_object", "floor", 0], [0, 2, "no_object"]),
         (range(1, 3), [1, 2]),
     ],
 )

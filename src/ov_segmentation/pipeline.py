@@ -35,7 +35,7 @@ class OpenVocabularySegmentationPipeline(Pipeline):
 
     Args:
         candidate_labels: class names: a list of names or lists of synonyms, a comma-separated text, or a `Vocabulary`.
-        background: labels or indices of classes that are folded into one, or "no_object": the method's own no-object
+        background: labels or indices of classes that are folded into one, and "no_object": the method's own no-object
             score competes, and its pixels are unlabelled. Default: the vocabulary's own.
         threshold: confidence (0 to 1) below which a pixel is unlabelled.
         output_type: "masks" or "map".

@@ -104,7 +104,7 @@ class Vocabulary:
     Args:
         names: per class a name, or a list of synonyms whose first is the class's label.
         templates: prompt templates (or the name of a set of them). None: those of the processor that it is given to.
-        background: labels or indices of the classes that are folded into one, or "no_object".
+        background: labels or indices of classes that are folded into one, and "no_object" (`resolve_background`).
         comma_rule: what ", " inside one name means: "keep" (nothing), "split" (synonyms), "first" (only the first
             synonym counts). None: the rule of the processor that it is given to ("keep" without one). The label
             stays as given under every rule.
@@ -112,7 +112,7 @@ class Vocabulary:
     Attributes:
         labels: K labels.
         synonyms: K lists of names as given.
-        background: indices, "no_object", or None.
+        background: indices, and "no_object" if it was given; or None.
 
     Raises:
         TypeError: names that are not text, or whose order is not defined (a set).
@@ -180,7 +180,7 @@ class Vocabulary:
 
     @property
     def _key(self) -> tuple:
-        background = tuple(self.background) if isinstance(self.background, list) else self.background
+        background = None if self.background is None else tuple(self.background)
         return tuple(map(tuple, self.synonyms)), self.templates, self.comma_rule, background
 
     def __eq__(self, other: object) -> bool:
@@ -196,21 +196,28 @@ class Vocabulary:
 
 def resolve_background(
     background: str | int | Iterable[str | int] | None, labels: Sequence[str] | None
-) -> list[int] | str | None:
-    """Indices of background classes given by label or index, in increasing order; "no_object" and None stay.
+) -> list[int | str] | None:
+    """Background classes given by label or index as indices in increasing order, "no_object" behind them; None stays.
+
+    "no_object" always means the method's own no-object score; a class of that name is given by its index.
 
     Raises:
         ValueError: a name that is not a label, an index that is none, or names without `labels` to look them up in.
         TypeError: something else.
     """
-    if background is None or (isinstance(background, str) and background == NO_OBJECT):
-        return background
+    if background is None:
+        return None
     if isinstance(background, (str, int)):
         background = [background]
     if not isinstance(background, Iterable):
         raise TypeError(f"background must be labels, indices or {NO_OBJECT!r}, got {background!r}.")
-    indices = {_background_index(entry, labels) for entry in background}
-    return sorted(indices) or None
+    entries = list(background)
+    indices = {_background_index(entry, labels) for entry in entries if not _is_no_object(entry)}
+    return [*sorted(indices), *([NO_OBJECT] if any(map(_is_no_object, entries)) else [])] or None
+
+
+def _is_no_object(entry: object) -> bool:
+    return isinstance(entry, str) and entry == NO_OBJECT
 
 
 def _background_index(entry: str | int, labels: Sequence[str] | None) -> int:
