@@ -8,8 +8,9 @@ centres, no anti-aliasing):
   merge, then to the target size.
 - per-class family: `score_function` at the resolution of the logits, then to the target size. The maps cover the
   picture exactly: the models make their own input from the part that `reshaped_input_sizes` names; nothing is cropped.
-- sliding views, both families: maps to the size of the view's box, sigmoid ("softmax": before), merge; windows averaged
-  on the canvas, then averaged with the global view; then to the target size. The canvas covers the picture exactly.
+- sliding views, both families: maps to the size of the view's box (the global view: to a window's size), sigmoid
+  ("softmax": before), merge; windows averaged on the canvas, then averaged with the global view's scores, interpolated
+  to the canvas; then to the target size. The canvas covers the picture exactly.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from transformers.image_processing_outputs import SemanticSegmentationPostProces
 from .modeling_outputs import OpenVocabularySegmentationOutput
 from .score_argmax import LabelMap, draw_label_map, undominated_classes
 from .score_fields import ClassField, Field, MaskField, StitchedField
+from .vocabulary import NO_OBJECT
 
-NO_OBJECT = "no_object"
 UNLABELLED = -1
 
 Background = int | str | Iterable[int | str]
@@ -191,8 +192,7 @@ def _class_field(outputs: OpenVocabularySegmentationOutput, rows: slice, pruned:
     activation = torch.sigmoid if outputs.score_function == "sigmoid" else None
     boxes = _boxes(outputs)
     fields = [
-        ClassField(view, (y1 - y0, x1 - x0), activation, row)
-        for view, row, (x0, y0, x1, y1) in zip(maps, kept_rows, boxes)
+        ClassField(view, size, activation, row) for view, row, size in zip(maps, kept_rows, _view_sizes(outputs, boxes))
     ]
     return StitchedField(fields, boxes, _pair(outputs.canvas_size)), classes
 
@@ -231,8 +231,8 @@ def _mask_field(
         return MaskField(masks[0], weights[0], totals[0], steps, activation), classes
     boxes = _boxes(outputs)
     fields = [
-        MaskField(*view, [((y1 - y0, x1 - x0),) * 2], activation)
-        for view, (x0, y0, x1, y1) in zip(zip(masks, weights, totals), boxes)
+        MaskField(*view, [(size, size)], activation)
+        for view, size in zip(zip(masks, weights, totals), _view_sizes(outputs, boxes))
     ]
     return StitchedField(fields, boxes, _pair(outputs.canvas_size)), classes
 
@@ -241,6 +241,14 @@ def _boxes(outputs: OpenVocabularySegmentationOutput) -> list[list[int]]:
     if outputs.canvas_size is None:
         raise ValueError("Outputs with view_boxes need the canvas_size that the boxes refer to.")
     return torch.as_tensor(outputs.view_boxes).tolist()
+
+
+def _view_sizes(outputs: OpenVocabularySegmentationOutput, boxes: list[list[int]]) -> list[tuple[int, int]]:
+    """The sizes (height, width) at which views are scored: their boxes', and a window's for the global view."""
+    sizes = [(y1 - y0, x1 - x0) for x0, y0, x1, y1 in boxes]
+    if sizes[-1] == _pair(outputs.canvas_size):
+        sizes[-1] = sizes[0]
+    return sizes
 
 
 def _finish(

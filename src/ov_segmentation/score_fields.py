@@ -132,12 +132,31 @@ class ClassField:
         return scores if self.kept is None else scores * self.kept[classes]
 
 
+class ResizedField:
+    """The scores of another field, interpolated to a size (height, width)."""
+
+    def __init__(self, field: Field, size: tuple[int, int]) -> None:
+        self.field, self.size = field, size
+        self.num_classes, self.device = field.num_classes, field.device
+        self.resize = Bilinear(field.size, size)
+
+    def window(self, rows: Span, columns: Span) -> Window:
+        """Look at one rectangle."""
+        source = self.field.window(*self.resize.window(rows, columns))
+        return Window(
+            source.low,
+            source.high,
+            lambda classes: self.resize(source.scores(classes), rows, columns),
+            lambda: self.resize(source.total()[..., None], rows, columns)[..., 0],
+        )
+
+
 class StitchedField:
     """Sliding views on a canvas: windows that overlap are averaged, then averaged with the global view if there is one
     (CAT-Seg, section 7 of its released evaluation).
 
     Args:
-        fields: one per view, each of its box's size.
+        fields: one per view, each of its box's size; the global view's, of any size, is interpolated to the canvas.
         boxes: `[V][4]` (x0, y0, x1, y1) in canvas pixels. The last one is the global view if it is the whole canvas.
         size: (height, width) of the canvas.
 
@@ -152,7 +171,7 @@ class StitchedField:
             if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
                 raise ValueError(f"View box {(x0, y0, x1, y1)} does not lie on the canvas of {height} x {width}.")
         views = list(zip(boxes, fields))
-        self.whole = views.pop()[1] if tuple(boxes[-1]) == (0, 0, width, height) else None
+        self.whole = ResizedField(views.pop()[1], size) if tuple(boxes[-1]) == (0, 0, width, height) else None
         self.views = views
         self.count = torch.zeros(size, device=self.device)
         for (x0, y0, x1, y1), _ in views:

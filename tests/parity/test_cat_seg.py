@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,13 +19,15 @@ from ov_segmentation.layers.correlation import correlation, strongest_classes
 from ov_segmentation.layers.dense_clip import value_path
 from ov_segmentation.layers.linear_attention import add_pooled, pool_positions
 from ov_segmentation.layers.sliding_window import cut_views, pad_to_multiple, resize, split_pictures, squared
-from ov_segmentation.models.cat_seg.convert_cat_seg import RULES, convert
+from ov_segmentation.models.cat_seg.convert_cat_seg import RULES, convert, map_keys
+from ov_segmentation.training.optimization import build_optimizer, parameter_settings
+from ov_segmentation.training.recipe import load_recipe
 
-from .folders import Case, case_folders, read_case
-from .hparams import build
+from .common import Case, assert_close, each_case, each_recorded_tensor
 
-TOLERANCE, SCORE_TOLERANCE, TEXT_TOLERANCE = 1e-4, 5e-5, 1e-5
-# mode -> (picture, token ids, embeddings, pooling of the class attention)
+ROOT = Path(__file__).resolve().parents[2]
+TOKENS, SCORES, TEXT = 1e-4, 5e-5, 1e-5
+# mode -> (picture, token ids and embeddings, pooling of the class attention)
 MODES = {
     "whole": ("image_raw_rgb_hwc", "test", "eval"),
     "whole_pool_train": ("image_raw_rgb_hwc", "test", "train"),
@@ -31,33 +36,65 @@ MODES = {
     "sliding": ("image_raw_rgb_hwc", "test", "eval"),
     "train": ("train_images_rgb_hwc", "train", "train"),
 }
-CASES = {folder.name: folder for folder in case_folders("cat_seg")}
+# lr, lr of CLIP, weight decay, largest gradient norm
+RECIPE = load_recipe(ROOT / "examples" / "recipes" / "cat_seg_vit_b_coco.yaml")
 
 
-class Run:
-    """A converted model, and one mode's ladder of tensors, each stage fed with the recorded output of the one before."""
+class CATSegCase(Case):
+    """A CAT-Seg fixture and its model."""
 
-    def __init__(self, case: Case) -> None:
-        self.case, self.expected = case, case.expected
-        self.config, self.image_processor = build("cat_seg", case.hparams)
-        self.model = convert(case.folder / "original.pth", self.config)
+    def __init__(self, folder: Path) -> None:
+        super().__init__("cat_seg", folder)
+        self.model = convert(self.checkpoint, self.config).eval()
         self.clip = self.model.clip
+
+    @functools.cached_property
+    def modes(self) -> list[str]:
+        """The modes that this folder records."""
+        return [mode for mode in MODES if any(name.startswith(f"{mode}/") for name in self.expected)]
+
+    @functools.cached_property
+    @torch.no_grad()
+    def found(self) -> dict[str, list[torch.Tensor]]:
+        """Our version of every recorded tensor that one of our stages makes: alone, end to end, or both."""
+        found: dict[str, list[torch.Tensor]] = {}
+        for mode in self.modes:
+            for name, value in itertools.chain(self.ladder(mode), self.end_to_end(mode)):
+                found.setdefault(f"{mode}/{name}", []).append(value)
+        for name, value in self.texts():
+            found.setdefault(f"text/{name}", []).append(value)
+        return found
 
     def batch(self, mode: str) -> dict[str, torch.Tensor]:
         """The image processor's output; small and training pictures are given at their size."""
-        pictures = self.case.inputs[MODES[mode][0]]
+        pictures = self.inputs[MODES[mode][0]]
         pictures = list(pictures.numpy()) if pictures.ndim == 4 else [pictures.numpy()]
         options: dict[str, Any] = {} if MODES[mode][0] == "image_raw_rgb_hwc" else {"do_resize": False}
         if mode == "train":
-            options["segmentation_maps"] = list(self.case.inputs["train_targets"].numpy())
+            options["segmentation_maps"] = list(self.inputs["train_targets"].numpy())
         return self.image_processor(images=pictures, return_tensors="pt", **options)
 
     def switches(self, mode: str) -> dict[str, Any]:
-        pooling = self.case.hparams["SEM_SEG_HEAD"][f"POOLING_SIZES_{MODES[mode][2]}"][0]
+        pooling = self.hparams["SEM_SEG_HEAD"][f"POOLING_SIZES_{MODES[mode][2]}"][0]
         return {"sliding_window": mode == "sliding", "class_attention_pooling": pooling}
 
     def text_embeds(self, mode: str) -> torch.Tensor:
         return self.expected[f"text/{MODES[mode][1]}_features"]
+
+    def kept_name(self, mode: str) -> str:
+        """Where the kept classes of a mode are recorded; pooling does not change them."""
+        return f"{'whole' if mode == 'whole_pool_train' else mode}/cost/kept_class_indices"
+
+    def texts(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """(name, our tensor) of the text side."""
+        for name in ("test", "train", "many"):
+            ids = self.inputs.get(f"{name}_token_ids")
+            if ids is None:
+                continue
+            ends = (ids == self.config.clip_config.text_config.eos_token_id).int().argmax(dim=-1)
+            raw = self.model._text_features(ids.flatten(0, 1), ends.flatten()).unflatten(0, ids.shape[:2])
+            yield f"{name}_prompt_embeddings_unnormalised", raw
+            yield f"{name}_features", self.model.encode_vocabulary(ids, torch.ones_like(ids))
 
     def ladder(self, mode: str) -> Iterator[tuple[str, torch.Tensor]]:
         """(name, our tensor) of every stage, in the original's shapes."""
@@ -116,7 +153,7 @@ class Run:
             kept = strongest_classes(cost, config.max_classes)
             yield "cost/kept_class_indices", kept
             # the order in which the original kept them, for the tensors that follow
-            kept = recorded("cost/kept_class_indices", kept)
+            kept = self.expected.get(self.kept_name(mode), kept)
         row = torch.arange(rows)[:, None]
         used_cost = cost[row, kept]
         yield "cost/corr_used_by_conv", used_cost.flatten(0, 1)
@@ -166,7 +203,30 @@ class Run:
         logits = model.head(maps.permute(0, 3, 1, 2)).unflatten(0, (rows, used))[:, :, 0]
         yield "logits/used_classes", logits
 
-    def class_attention(self, layer: Any, tokens: torch.Tensor, text: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    @functools.cached_property
+    def trained(self) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """Gradients before clipping, and the parameters after one step of the published recipe, by our names."""
+        model = convert(self.checkpoint, self.config).train()
+        ids = self.inputs["train_token_ids"]
+        model(**self.batch("train"), input_ids=ids, attention_mask=torch.ones_like(ids)).loss.backward()
+        parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        gradients = {n: torch.zeros_like(p) if p.grad is None else p.grad.clone() for n, p in parameters.items()}
+        torch.nn.utils.clip_grad_norm_(parameters.values(), RECIPE.clip_grad_norm)
+        build_optimizer(model, RECIPE.optimizer).step()
+        return gradients, {name: p.detach() for name, p in parameters.items()}
+
+    @property
+    def gradients(self) -> dict[str, torch.Tensor]:
+        return self.trained[0]
+
+    def after_one_step(self, name: str) -> torch.Tensor:
+        """A parameter of the original after the step, in its own shape."""
+        shape = self.expected[f"train/after_one_step/{name}"].shape
+        return self.trained[1][map_keys([name], self.config)[name][0]].view(shape)
+
+    def class_attention(
+        self, layer: Any, tokens: torch.Tensor, text: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """What the attention adds `[R * S, max(T, padding), C]`, padding last, and the layer's output `[R * T, S, C]`.
 
         Ours needs no copies of the padding token; here they ask too, as one more class.
@@ -194,7 +254,7 @@ class Run:
             return
         if mode != "sliding":
             yield "scores/sigmoid_lowres", outputs.logits.sigmoid()
-        size = tuple(self.case.inputs[MODES[mode][0]].shape[:2])
+        size = tuple(self.inputs[MODES[mode][0]].shape[:2])
         if mode == "whole_small_image":
             # the original cuts its coarse map to the picture's size, as if it were a map at that size: not ours
             crop = outputs.logits.sigmoid()[:, :, : size[0], : size[1]]
@@ -208,96 +268,63 @@ class Run:
                 yield name, result.segmentation_scores
 
 
-@pytest.fixture(scope="module", params=sorted(CASES))
-def run(request: pytest.FixtureRequest) -> Run:
-    return Run(read_case(CASES[request.param]))
+def tolerance(name: str) -> float:
+    """The largest difference allowed."""
+    if name.startswith("text/") and name.endswith("_features"):
+        return TEXT
+    return SCORES if "/scores/" in name or "/losses/" in name else TOKENS
 
 
-def compare(expected: dict[str, torch.Tensor], mode: str, found: Iterator[tuple[str, torch.Tensor]]) -> set[str]:
-    """The recorded names that were compared; a difference fails with all that are off."""
-    compared, off = set(), []
-    for name, value in found:
-        if f"{mode}/{name}" not in expected:
-            continue
-        compared.add(f"{mode}/{name}")
-        wanted = expected[f"{mode}/{name}"]
-        assert value.shape == wanted.shape, f"{mode}/{name}: {list(value.shape)}, recorded {list(wanted.shape)}"
-        if name == "cost/kept_class_indices":
-            if not torch.equal(value.sort(dim=1).values, wanted.sort(dim=1).values):
-                off.append(f"{mode}/{name}: other classes were kept")
-            continue
-        tolerance = SCORE_TOLERANCE if name.startswith(("scores/", "losses/")) else TOLERANCE
-        difference = (value - wanted).abs().max().item()
-        if not difference <= tolerance:
-            off.append(f"{mode}/{name}: off by {difference:.1e}")
-    assert not off, "\n".join(off)
-    return compared
+@each_recorded_tensor("cat_seg")
+def test_recorded_tensor(folder: Path, name: str) -> None:
+    case = CATSegCase.load(folder)
+    wanted = case.expected[name]
+    if name.startswith("train/after_one_step/"):
+        assert_close(case.after_one_step(name.removeprefix("train/after_one_step/")), wanted, 1e-6)
+        return
+    assert name in case.found, f"no stage makes {name}"
+    for value in case.found[name]:
+        if name.endswith("kept_class_indices"):
+            assert value.sort(dim=1).values.tolist() == wanted.sort(dim=1).values.tolist()
+        else:
+            assert_close(value, wanted, tolerance(name))
 
 
-def modes_of(case: Case) -> list[str]:
-    return [mode for mode in MODES if any(name.startswith(f"{mode}/") for name in case.expected)]
-
-
-def excused(name: str) -> bool:
-    """Compared by a test of its own."""
-    return name.startswith(("text/", "train/after_one_step/"))
-
-
-@torch.no_grad()
-def test_every_recorded_tensor(run: Run) -> None:
-    compared = set()
-    for mode in modes_of(run.case):
-        run.model.eval()
-        compared |= compare(run.expected, mode, run.ladder(mode))
-        compared |= compare(run.expected, mode, run.end_to_end(mode))
-    assert {name for name in run.expected if name not in compared and not excused(name)} == set()
-
-
-@torch.no_grad()
-def test_text_embeddings(run: Run) -> None:
-    compared = set()
-    for name in ("test", "train", "many"):
-        if f"text/{name}_features" not in run.expected:
-            continue
-        ids = run.case.inputs[f"{name}_token_ids"]
-        embeds = run.model.encode_vocabulary(input_ids=ids, attention_mask=torch.ones_like(ids))
-        torch.testing.assert_close(embeds, run.expected[f"text/{name}_features"], rtol=0, atol=TEXT_TOLERANCE)
-        ends = (ids == run.config.clip_config.text_config.eos_token_id).int().argmax(dim=-1)
-        raw = run.model._text_features(ids.flatten(0, 1), ends.flatten()).unflatten(0, ids.shape[:2])
-        wanted = run.expected[f"text/{name}_prompt_embeddings_unnormalised"]
-        torch.testing.assert_close(raw, wanted, rtol=0, atol=TOLERANCE)
-        compared |= {f"text/{name}_features", f"text/{name}_prompt_embeddings_unnormalised"}
-    assert compared == {name for name in run.expected if name.startswith("text/")}
-
-
+@each_case("cat_seg")
 @pytest.mark.parametrize("chunk_size", [1, 3, None])
 @torch.no_grad()
-def test_class_chunks_are_exact(run: Run, chunk_size: int | None) -> None:
-    for mode in modes_of(run.case):
-        batch, switches = run.batch(mode), run.switches(mode)
-        outputs = run.model(**batch, text_embeds=run.text_embeds(mode), class_chunk_size=chunk_size, **switches)
-        wanted = run.expected[f"{mode}/logits/all_classes"]
-        torch.testing.assert_close(outputs.logits, wanted, rtol=0, atol=TOLERANCE)
+def test_class_chunks_are_exact(folder: Path, chunk_size: int | None) -> None:
+    case = CATSegCase.load(folder)
+    for mode in case.modes:
+        outputs = case.model(
+            **case.batch(mode), text_embeds=case.text_embeds(mode), class_chunk_size=chunk_size, **case.switches(mode)
+        )
+        assert_close(outputs.logits, case.expected[f"{mode}/logits/all_classes"], TOKENS)
 
 
-def test_gradients(run: Run) -> None:
-    if not (run.case.folder / "train_grads.safetensors").exists():
-        pytest.skip("this folder records no gradients")
-    wanted = load_file(run.case.folder / "train_grads.safetensors")
-    model = convert(run.case.folder / "original.pth", run.config).train()
-    ids = run.case.inputs["train_token_ids"]
-    model(**run.batch("train"), input_ids=ids, attention_mask=torch.ones_like(ids)).loss.backward()
-    targets = RULES.convert(wanted)
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    assert parameters.keys() == targets.keys()
-    frozen = json.loads((run.case.folder / "train_grads.json").read_text())
-    off = []
-    for name, target in targets.items():
-        gradient = parameters[name].grad
-        gradient = torch.zeros_like(target) if gradient is None else gradient
-        # the softmax is blind to a bias of the keys, so both gradients are rounding there
-        allowed = 1e-6 if target.ndim == 0 or name.endswith("attention.key.bias") else 1e-4 * target.norm()
-        if not (gradient - target).norm() <= allowed:
-            off.append(f"{name}: {(gradient - target).norm():.1e} of {target.norm():.1e}")
-    assert not off, "\n".join(off)
-    assert frozen
+@each_case("cat_seg")
+def test_gradients(folder: Path) -> None:
+    case = CATSegCase.load(folder)
+    wanted = RULES.convert(load_file(folder / "train_grads.safetensors"))
+    gradients = case.gradients
+    assert gradients.keys() == wanted.keys()
+    for name, gradient in gradients.items():
+        if name.endswith("attention.key.bias"):  # the softmax is blind to it: rounding on both sides
+            assert gradient.abs().max() < 1e-6
+            assert wanted[name].abs().max() < 1e-6
+        else:
+            assert_close(gradient, wanted[name], 1e-4, relative=True)
+
+
+@each_case("cat_seg")
+def test_optimizer_groups(folder: Path) -> None:
+    case = CATSegCase.load(folder)
+    recorded = json.loads((folder / "train_grads.json").read_text())
+    optimizer = recorded["optimizer"]
+    assert [*RECIPE.optimizer.betas, RECIPE.optimizer.eps] == [*optimizer["betas"], optimizer["eps"]]
+    assert RECIPE.clip_grad_norm == recorded["clip_to"]
+    names = map_keys(optimizer["groups"], case.config)
+    wanted = {names[key][0]: (group["lr"], group["weight_decay"]) for key, group in optimizer["groups"].items()}
+    trained = [name for name, parameter in case.model.named_parameters() if parameter.requires_grad]
+    settings = parameter_settings(trained, RECIPE.optimizer)
+    assert settings == {name: pytest.approx(values) for name, values in wanted.items()}

@@ -30,14 +30,19 @@ class DenseCLIPFeatures(NamedTuple):
     attentions: tuple[torch.Tensor, ...]
 
 
-def value_path_block(layer: nn.Module, hidden: torch.Tensor, residual: str) -> torch.Tensor:
-    """A CLIP encoder layer whose attention passes each token's own value on: `[R, N, C]` -> `[R, N, C]`.
+def value_path(layer: nn.Module, hidden: torch.Tensor, residual: str) -> torch.Tensor:
+    """The attention half of a CLIP encoder layer when each token passes its own value on: `[R, N, C]` -> `[R, N, C]`.
 
     Args:
         residual: "cls" adds the class token's input to every token (CAT-Seg's release), "token" each token's own.
     """
     values = layer.self_attn.out_proj(layer.self_attn.v_proj(layer.layer_norm1(hidden)))
-    hidden = values + (hidden[:, :1] if residual == "cls" else hidden)
+    return values + (hidden[:, :1] if residual == "cls" else hidden)
+
+
+def value_path_block(layer: nn.Module, hidden: torch.Tensor, residual: str) -> torch.Tensor:
+    """A CLIP encoder layer with `value_path` in the place of attention: `[R, N, C]` -> `[R, N, C]`."""
+    hidden = value_path(layer, hidden, residual)
     return hidden + layer.mlp(layer.layer_norm2(hidden))
 
 
@@ -66,7 +71,7 @@ def dense_clip_features(
         clip: any `CLIPModel`.
         pixel_values: `[R, 3, H, W]`, normalised.
         skip_layers: blocks (from 0, without the last) whose output is returned too.
-        residual: see `value_path_block`.
+        residual: see `value_path`.
         output_attentions: return the attention weights (eager attention only).
     """
     vision = clip.vision_model

@@ -27,6 +27,11 @@ def split_pictures(pixel_values: torch.Tensor, sizes: torch.Tensor) -> list[torc
     ]
 
 
+def pad_to_multiple(picture: torch.Tensor, multiple: int) -> torch.Tensor:
+    """`[..., h, w]` with zeros right and bottom, height and width multiples of `multiple`."""
+    return F.pad(picture, (0, -picture.shape[-1] % multiple, 0, -picture.shape[-2] % multiple))
+
+
 def squared(pictures: Sequence[torch.Tensor], side: int, pad_multiple: int | None = None) -> torch.Tensor:
     """Pictures `[1, 3, h, w]`, stretched to one square each: `[B, 3, side, side]`.
 
@@ -34,7 +39,7 @@ def squared(pictures: Sequence[torch.Tensor], side: int, pad_multiple: int | Non
         pad_multiple: pads height and width with zeros (normalised: the mean colour) to multiples of this before.
     """
     if pad_multiple is not None:
-        pictures = [F.pad(p, (0, -p.shape[-1] % pad_multiple, 0, -p.shape[-2] % pad_multiple)) for p in pictures]
+        pictures = [pad_to_multiple(picture, pad_multiple) for picture in pictures]
     return torch.cat([resize(picture, (side, side)) for picture in pictures])
 
 
