@@ -10,7 +10,6 @@ from transformers.configuration_utils import SubConfigSpec
 
 from ...configuration_base import OpenVocabularySegmentationConfig, repair_legacy_token_ids
 
-CONVNEXT_STRIDE = 32
 MAX_DECODER_LAYERS = 3
 CHANNELS_PER_GROUP = 16
 
@@ -133,7 +132,10 @@ class SEDConfig(OpenVocabularySegmentationConfig):
     @property
     def encoder_stride(self) -> int:
         """Input pixels per position of the cost map."""
-        return self.vision_config.patch_size if self.has_plain_encoder else CONVNEXT_STRIDE
+        if self.has_plain_encoder:
+            return self.vision_config.patch_size
+        # every stage but the first halves the map
+        return self.vision_config.patch_size * 2 ** (len(self.vision_config.hidden_sizes) - 1)
 
     @property
     def input_size(self) -> tuple[int, int]:
