@@ -18,6 +18,7 @@ def scenes_dataset(
     vocabulary: SceneVocabulary | None = None,
     size: int = REFERENCE_SIZE,
     geometry: str = "easy",
+    name_tiers_only: bool = False,
     **dataset_options: Any,
 ) -> Any:
     """Scenes as a Hugging Face `datasets.Dataset`, as any user's data would come.
@@ -30,6 +31,8 @@ def scenes_dataset(
         num: number of scenes.
         seed, tiers, size, geometry: as for [`SceneGenerator`].
         vocabulary: default [`SceneVocabulary.small`].
+        name_tiers_only: the class names (and indices) are those of `tiers` and no others: training must not meet the
+            names of the other tiers, not even as wrong answers.
         dataset_options: passed to `Dataset.from_generator` (`cache_dir`, `writer_batch_size`, ...).
     """
     from datasets import Dataset, Value
@@ -37,6 +40,7 @@ def scenes_dataset(
     from .class_names import segmentation_features
 
     vocabulary = vocabulary or SceneVocabulary.small()
+    classes = vocabulary.classes_of(tiers) if name_tiers_only else list(range(len(vocabulary.names)))
     options = {
         "num": num,
         "seed": seed,
@@ -44,20 +48,29 @@ def scenes_dataset(
         "vocabulary": vocabulary,
         "size": size,
         "geometry": geometry,
+        "classes": tuple(classes),  # not a list, which `from_generator` would take for shards
     }
-    features = segmentation_features(vocabulary.names, caption=Value("string"))
+    features = segmentation_features([vocabulary.names[index] for index in classes], caption=Value("string"))
     return Dataset.from_generator(_scene_rows, features=features, gen_kwargs=options, **dataset_options)
 
 
 def _scene_rows(
-    num: int, seed: int, tiers: tuple[str, ...], vocabulary: SceneVocabulary, size: int, geometry: str
+    num: int,
+    seed: int,
+    tiers: tuple[str, ...],
+    vocabulary: SceneVocabulary,
+    size: int,
+    geometry: str,
+    classes: tuple[int, ...],
 ) -> Iterator[dict[str, Any]]:
     generator = SceneGenerator(vocabulary, size=size, seed=seed, tiers=tiers, geometry=geometry)
-    map_type = np.uint8 if len(vocabulary.names) <= 255 else np.uint16
+    map_type = np.uint8 if len(classes) <= 255 else np.uint16
+    numbers = np.full(len(vocabulary.names), -1, dtype=np.int32)
+    numbers[list(classes)] = np.arange(len(classes))
     number = 0
     for batch in generator.batches(BLOCK, num):
         images = batch.images.permute(0, 2, 3, 1).numpy()
-        maps = batch.label_maps.numpy().astype(map_type)
+        maps = numbers[batch.label_maps.numpy()].astype(map_type)
         for image, label_map, caption in zip(images, maps, batch.captions, strict=True):
             yield {
                 "image": image,

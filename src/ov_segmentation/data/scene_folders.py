@@ -1,0 +1,34 @@
+"""The scenes on disk: a folder to train on, which names tier a alone, and one to evaluate all tiers on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from .scene_vocabulary import TIERS
+from .scenes_dataset import scenes_dataset
+
+TRAIN_FOLDER, EVALUATION_FOLDER = "train", "evaluation"
+
+
+def write_scenes(output: str | Path, num_train: int, num_evaluation: int, seed: int = 0, **scenes: Any) -> None:
+    """Write `<output>/train` and `<output>/evaluation`, folders that `load_dataset` reads.
+
+    `train` holds a `train` and a `validation` split of scenes composed of tier a, whose class names are those of tier a
+    and no others. `evaluation` holds one `validation` split with scenes of all tiers and all class names.
+
+    Args:
+        num_train, num_evaluation: scenes; `train`'s own validation split has an eighth of `num_evaluation`.
+        seed: training, validation and evaluation scenes come from seeds of their own that follow from it.
+        scenes: `vocabulary`, `size`, `geometry`, see [`scenes_dataset`].
+    """
+    parts = (
+        (TRAIN_FOLDER, "train", num_train, TIERS[:1]),
+        (TRAIN_FOLDER, "validation", max(1, num_evaluation // 8), TIERS[:1]),
+        (EVALUATION_FOLDER, "validation", num_evaluation, TIERS),
+    )
+    for number, (folder, split, num, tiers) in enumerate(parts, start=1):
+        data = Path(output) / folder / "data"
+        data.mkdir(parents=True, exist_ok=True)
+        rows = scenes_dataset(num, len(parts) * seed + number, tiers, name_tiers_only=True, **scenes)
+        rows.to_parquet(data / f"{split}-00000-of-00001.parquet")

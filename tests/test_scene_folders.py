@@ -1,0 +1,80 @@
+"""Scenes on disk, and the evaluation that tells apart who has met a name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from datasets import load_dataset
+
+from ov_segmentation.data.class_names import class_names
+from ov_segmentation.data.datasets import load_segmentation_data
+from ov_segmentation.data.scene_folders import write_scenes
+from ov_segmentation.data.scene_vocabulary import SceneVocabulary
+from ov_segmentation.metrics import ConfusionMatrix
+from ov_segmentation.training import scene_evaluation
+from ov_segmentation.training.scene_evaluation import evaluate_scenes
+
+SCENES = SceneVocabulary.small()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("scenes")
+    write_scenes(path, num_train=12, num_evaluation=16)
+    return path
+
+
+def test_training_meets_the_names_of_tier_a_alone(folder: Path) -> None:
+    data = load_dataset(str(folder / "train"))
+    assert {split: len(rows) for split, rows in data.items()} == {"train": 12, "validation": 2}
+    names = class_names(data)
+    assert names == [name for name, tier in zip(SCENES.names, SCENES.tiers, strict=True) if tier == "a"]
+    for row in data["train"]:
+        label_map = np.asarray(row["annotation"])
+        assert label_map.min() >= 0 and label_map.max() < len(names)
+        present = {names[index] for index in np.unique(label_map)}
+        # a caption names what it shows; an object hidden behind others may be missing from the map
+        assert all(name in row["caption"] for name in present)
+
+
+def test_evaluation_has_all_names_and_other_scenes(folder: Path) -> None:
+    data = load_dataset(str(folder / "evaluation"))
+    assert list(data) == ["validation"] and class_names(data) == list(SCENES.names)
+    trained = load_dataset(str(folder / "train"), split="train")
+    assert not np.array_equal(np.asarray(data["validation"][0]["image"]), np.asarray(trained[0]["image"]))
+
+
+def scores_of(predict, pictures) -> object:
+    matrix = ConfusionMatrix(len(SCENES.names))
+    for index in range(len(pictures)):
+        label_map = torch.from_numpy(pictures[index].label_map)
+        matrix.update([predict(label_map)], [label_map])
+    return matrix.compute()
+
+
+def test_tiers_and_shuffled_names(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pictures = load_segmentation_data(folder / "evaluation").split("validation")
+    asked = []
+
+    def read_names(model, processor, pictures, accelerator: Accelerator, **options):
+        """A model that knows every pixel's class and finds its name in the vocabulary that it is asked for."""
+        labels = pictures.data.vocabulary.labels
+        asked.append(labels)
+        place = torch.tensor([labels.index(name) for name in SCENES.names])
+        return scores_of(lambda label_map: place[label_map.long()], pictures)
+
+    monkeypatch.setattr(scene_evaluation, "evaluate", read_names)
+    figures = evaluate_scenes(None, None, pictures, SCENES)
+    assert figures["miou"] == figures["hiou"] == figures["things_c"] == figures["stuff_a"] == 1.0
+    assert figures["shuffled_miou"] < 0.1
+    assert asked[1] != asked[0] == list(SCENES.names) and sorted(asked[1]) == sorted(asked[0])
+
+
+def test_other_class_names_are_refused(folder: Path) -> None:
+    pictures = load_segmentation_data(folder / "train").split("validation")
+    with pytest.raises(ValueError, match="evaluate on the folder 'evaluation'"):
+        evaluate_scenes(None, None, pictures, SCENES)
