@@ -100,15 +100,15 @@ def undominated_classes(weights: torch.Tensor) -> torch.Tensor:
     num_queries, num_classes = weights.shape
     columns = weights.t().contiguous()
     margin = 1 + (2 * num_queries + 4) * torch.finfo(weights.dtype).eps
-    order = torch.arange(num_classes, device=weights.device)
-    # few pairs survive a look at the queries for which a class is strongest
-    pairs = order[:, None] != order[None]
-    for query in columns.topk(min(8, num_queries), dim=1).indices.unbind(1):
-        pairs &= weights[query] >= columns[order, query][:, None]
     dominated = torch.zeros(num_classes, dtype=torch.bool, device=weights.device)
-    for chunk in pairs.nonzero().split(2**16):
-        weaker, stronger = chunk.unbind(1)
-        needed = columns[weaker] * torch.where(stronger < weaker, 1.0, margin)[:, None].to(weights.dtype)
-        dominated[weaker[(columns[stronger] >= needed).all(1)]] = True
+    for some in torch.arange(num_classes, device=weights.device).split(max(1, 2**20 // num_classes)):
+        # few pairs survive a look at the one query for which a class is strongest
+        strongest = columns[some].argmax(1)
+        pairs = weights[strongest] >= columns[some, strongest][:, None]
+        pairs[torch.arange(len(some), device=some.device), some] = False
+        for chunk in pairs.nonzero().split(2**14):
+            weaker, stronger = some[chunk[:, 0]], chunk[:, 1]
+            needed = columns[weaker] * torch.where(stronger < weaker, 1.0, margin)[:, None].to(weights.dtype)
+            dominated[weaker[(columns[stronger] >= needed).all(1)]] = True
     dominated[0] &= not dominated.all()  # only if no class has any weight
     return (~dominated).nonzero()[:, 0]
