@@ -1,7 +1,7 @@
 """What all configurations share."""
 
-from __future__ import annotations
-
+import inspect
+from dataclasses import fields
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -23,6 +23,13 @@ class OpenVocabularySegmentationConfig(PreTrainedConfig):
     clip_stem: dict[str, Any] | None = None
     weights_license: str | None = None
     sliding_window: bool = False
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # `strict` checks no field whose type is a string, as all are under `from __future__ import annotations`
+        types = inspect.get_annotations(cls, eval_str=True)
+        for field in fields(cls):
+            field.type = types.get(field.name, field.type)
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)

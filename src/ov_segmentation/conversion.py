@@ -26,7 +26,7 @@ LISTED_KEYS = 40
 _NUMPY_CLASSES = [
     np.ndarray,
     np.dtype,
-    np.core.multiarray._reconstruct if hasattr(np, "core") else np._core.multiarray._reconstruct,
+    np.empty(0).__reduce__()[0],  # multiarray._reconstruct, whose module numpy 2 has renamed
     *{type(np.dtype(kind)) for kind in ("float32", "float64", "int32", "int64", "uint8", "bool")},
 ]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_type_hints
 
 import torch
 from torch import nn
@@ -31,6 +31,7 @@ class OpenVocabularySegmentationModel(PreTrainedModel):
     """
 
     config: OpenVocabularySegmentationConfig
+    config_class = OpenVocabularySegmentationConfig
     base_model_prefix = ""
     main_input_name = "pixel_values"
     input_modalities = ("image", "text")
@@ -42,6 +43,11 @@ class OpenVocabularySegmentationModel(PreTrainedModel):
     keeps_prompts: ClassVar[bool] = False
     switches: ClassVar[frozenset[str]] = frozenset()
     picture_switches: ClassVar[frozenset[str]] = frozenset()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if isinstance(cls.config_class, str):  # what transformers reads from an annotation that is not evaluated
+            cls.config_class = get_type_hints(cls)["config"]
 
     def __init__(self, config: OpenVocabularySegmentationConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
@@ -367,6 +373,12 @@ class OpenVocabularySegmentationModel(PreTrainedModel):
         return model
 
     # ------------------------------------------------------------------ weights
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """False: our initialisers are transformers', which leave loaded tensors alone. As custom code, modules without
+        parameters of their own (CLIP's attention) would not be initialised when their weights are missing."""
+        return False
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

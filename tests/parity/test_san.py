@@ -194,7 +194,10 @@ class SANCase(Case):
             masks_queries_logits=self.expected["side/mask_logits_low_res"],
             mask_embeds=self.expected[f"rec/{form}/mask_embedding"],
         )
-        outputs = self.model._segment(state, self.expected["text/embedding_per_class"], None)
+        return self.set_sizes(self.model._segment(state, self.expected["text/embedding_per_class"], None))
+
+    def set_sizes(self, outputs: OpenVocabularySegmentationOutput) -> OpenVocabularySegmentationOutput:
+        """Give outputs the sizes of the fixture's picture."""
         outputs.original_sizes = torch.tensor([self.hparams["image_hw"]])
         outputs.reshaped_input_sizes = torch.tensor([self.hparams["resized_hw"]])
         outputs.padded_sizes = torch.tensor([self.hparams["padded_hw"]])
@@ -208,11 +211,16 @@ class SANCase(Case):
         return [result.segmentation_scores for result in results]
 
     def mask_logits_at_picture_size(self) -> torch.Tensor:
-        """Through the scores: with one class per query, of weight 1, the scores are the masks' probabilities."""
+        """Through the scores: with one class per query, of weight 1, the scores are the masks' probabilities.
+
+        Resizing is linear, so the logits are shrunk to where the sigmoid can be inverted exactly.
+        """
         masks = self.expected["side/mask_logits_low_res"]
+        largest = masks.abs().max()
         outputs = self.segment("cross_attention")
+        outputs.masks_queries_logits = masks / largest
         outputs.class_queries_scores = torch.eye(masks.shape[1])[None]
-        return self.scores(outputs)[0].double().logit().float()
+        return (self.scores(outputs)[0].double().logit() * largest).float()
 
     @functools.cached_property
     def batch_scores(self) -> list[torch.Tensor]:
@@ -407,8 +415,7 @@ def test_the_two_forms_of_recognition_agree(folder: Path) -> None:
         cross, masked = (case.model(image_state=s, text_embeds=case.expected["text/embedding_per_class"]) for s in states)
     assert_close(cross.class_queries_logits, masked.class_queries_logits, 1e-4)
     for outputs in (cross, masked):
-        outputs.reshaped_input_sizes = torch.tensor([case.hparams["resized_hw"]])
-        outputs.original_sizes = torch.tensor([case.hparams["image_hw"]])
+        case.set_sizes(outputs)
     assert_close(case.scores(cross)[0], case.scores(masked)[0], 1e-5)
 
 

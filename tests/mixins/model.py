@@ -1,0 +1,415 @@
+"""The checks that every model has to pass; a method's test class adds its tiny configuration."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from huggingface_hub.errors import StrictDataclassFieldValidationError
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModel
+
+from ov_segmentation import AutoModelForOpenVocabularySegmentation
+from ov_segmentation.auto import load_class
+from ov_segmentation.modeling_base import OpenVocabularySegmentationModel
+from ov_segmentation.modeling_outputs import OpenVocabularySegmentationOutput
+from tests.tiny import TOKENIZER, random_embeddings
+
+PREDICTIONS = ("class_queries_logits", "class_queries_scores", "masks_queries_logits", "logits")
+
+
+class ModelTesterMixin:
+    """Subclass it as `class TestX(ModelTesterMixin)` and give the attributes and `config_values`.
+
+    Attributes:
+        name: display name of the method ("SAN").
+        picture_size: (height, width) of the pictures that most tests use.
+        odd_sizes: other sizes that have to work.
+        wrong_values: config field -> a value of a wrong type.
+        prompts: P of the embeddings, where the method keeps its prompts.
+        ignored_gradients: patterns of trained parameters that a step may leave without gradient, with reasons.
+    """
+
+    name: ClassVar[str]
+    picture_size: ClassVar[tuple[int, int]] = (64, 64)
+    odd_sizes: ClassVar[list[tuple[int, int]]] = [(64, 96), (96, 64), (70, 81)]
+    wrong_values: ClassVar[dict[str, Any]] = {"sliding_window": "yes", "weights_license": 3}
+    prompts: ClassVar[int] = 2
+    num_classes: ClassVar[int] = 3
+
+    def config_values(self) -> dict[str, Any]:
+        """Arguments of the tiny configuration."""
+        raise NotImplementedError
+
+    # ------------------------------------------------------------------ helpers
+
+    @property
+    def model_class(self) -> type[OpenVocabularySegmentationModel]:
+        return load_class(f"{self.name}ForOpenVocabularySegmentation")
+
+    def config(self, **changes: Any) -> Any:
+        return load_class(f"{self.name}Config")(**{**self.config_values(), **changes})
+
+    def model(self, **changes: Any) -> OpenVocabularySegmentationModel:
+        """A tiny model with the same weights at every call, in evaluation mode."""
+        torch.manual_seed(0)
+        return self.model_class(self.config(**changes)).eval()
+
+    def pictures(self, batch: int = 1, size: tuple[int, int] | None = None, seed: int = 0) -> dict[str, torch.Tensor]:
+        """What the image processor would give for unpadded pictures."""
+        height, width = size or self.picture_size
+        sizes = torch.tensor([[height, width]] * batch)
+        generator = torch.Generator().manual_seed(seed)
+        return {
+            "pixel_values": torch.randn(batch, 3, height, width, generator=generator),
+            "pixel_mask": torch.ones(batch, height, width, dtype=torch.long),
+            "original_sizes": sizes,
+            "reshaped_input_sizes": sizes,
+            "padded_sizes": sizes,
+        }
+
+    def text(self, model: OpenVocabularySegmentationModel, classes: int | None = None, seed: int = 0) -> torch.Tensor:
+        """Random class embeddings of the right shape."""
+        prompts = (self.prompts,) if model.keeps_prompts else ()
+        return random_embeddings(classes or self.num_classes, *prompts, model.embedding_size, seed=seed)
+
+    def token_ids(self, names: list[str]) -> dict[str, torch.Tensor]:
+        """Token ids `[K, 1, L]` of bare names."""
+        tokens = TOKENIZER(names, padding=True, return_tensors="pt")
+        return {key: tokens[key][:, None] for key in ("input_ids", "attention_mask")}
+
+    def labels(self, batch: int = 1) -> torch.Tensor:
+        """Label maps in blocks, with some ignored pixels."""
+        height, width = self.picture_size
+        labels = torch.zeros(batch, height, width, dtype=torch.long)
+        labels[:, : height // 2] = 1
+        labels[:, :, : width // 4] = 2
+        labels[:, -4:] = -100
+        return labels
+
+    def training_inputs(self, model: OpenVocabularySegmentationModel, batch: int = 2) -> dict[str, torch.Tensor]:
+        """A training batch, with texts where the text side is trained."""
+        names = ["road", "a tree", "sky"]
+        text = self.token_ids(names) if model.trains_text else {"text_embeds": self.text(model)}
+        seeds = torch.arange(batch)
+        return {**self.pictures(batch), **text, "labels": self.labels(batch), "sample_seeds": seeds}
+
+    @staticmethod
+    def predictions(outputs: OpenVocabularySegmentationOutput) -> dict[str, torch.Tensor]:
+        return {name: outputs[name] for name in PREDICTIONS if outputs.get(name) is not None}
+
+    def run(self, model: OpenVocabularySegmentationModel, batch: int = 1, **options: Any) -> dict[str, torch.Tensor]:
+        """The predictions for random pictures and classes."""
+        with torch.no_grad():
+            return self.predictions(model(**self.pictures(batch), text_embeds=self.text(model), **options))
+
+    def assert_same(self, found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float = 0) -> None:
+        assert found.keys() == expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+
+    # ------------------------------------------------------------------ configuration
+
+    def test_config_survives_json(self, tmp_path: Path) -> None:
+        config = self.config()
+        config.save_pretrained(tmp_path)
+        loaded = AutoConfig.from_pretrained(tmp_path)
+        assert type(loaded) is type(config)
+
+        def values(config: Any) -> dict[str, Any]:
+            return {k: v for k, v in config.to_dict().items() if k not in ("_name_or_path", "transformers_version")}
+
+        assert values(loaded) == values(config)
+
+    def test_config_refuses_wrong_types(self) -> None:
+        for field, value in self.wrong_values.items():
+            with pytest.raises(StrictDataclassFieldValidationError, match=field):
+                self.config(**{field: value})
+
+    def test_legacy_end_token_is_repaired(self) -> None:
+        config = self.config()
+        clip = config.clip_config.to_dict()
+        clip["text_config"]["eos_token_id"] = 2
+        assert self.config(clip_config=clip).clip_config.text_config.eos_token_id == TOKENIZER.eos_token_id
+
+    # ------------------------------------------------------------------ saving and loading
+
+    def test_auto_classes_load_what_was_saved(self, tmp_path: Path) -> None:
+        model = self.model()
+        model.save_pretrained(tmp_path)
+        for auto in (AutoModel, AutoModelForOpenVocabularySegmentation):
+            loaded = auto.from_pretrained(tmp_path)
+            assert type(loaded) is self.model_class
+            self.assert_same(self.run(loaded), self.run(model))
+
+    def test_loading_restores_weights_and_buffers(self, tmp_path: Path) -> None:
+        model = self.model()
+        model.save_pretrained(tmp_path)
+        loaded = self.model_class.from_pretrained(tmp_path)
+        for kind in ("named_parameters", "named_buffers"):
+            found, expected = dict(getattr(loaded, kind)()), dict(getattr(model, kind)())
+            assert found.keys() == expected.keys()
+            assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+
+    def test_nothing_stays_on_the_meta_device(self, tmp_path: Path) -> None:
+        self.model().save_pretrained(tmp_path)
+        loaded = self.model_class.from_pretrained(tmp_path)
+        for name, module in loaded.named_modules():
+            tensors = {**module._parameters, **module._buffers, **vars(module)}
+            meta = [key for key, value in tensors.items() if isinstance(value, torch.Tensor) and value.is_meta]
+            assert not meta, f"{name}: {meta}"
+
+    def test_frozen_parameters_stay_frozen_after_loading(self, tmp_path: Path) -> None:
+        model = self.model()
+        model.save_pretrained(tmp_path)
+        loaded = self.model_class.from_pretrained(tmp_path)
+        trained = {name for name, p in model.named_parameters() if p.requires_grad}
+        assert trained
+        assert trained == {name for name, p in loaded.named_parameters() if p.requires_grad}
+
+    def test_missing_weights_are_an_error_or_initialised(self, tmp_path: Path) -> None:
+        model = self.model()
+        model.save_pretrained(tmp_path)
+        weights = load_file(tmp_path / "model.safetensors")
+        gone = random.Random(0).sample(sorted(weights), len(weights) // 2)
+        save_file({k: v for k, v in weights.items() if k not in gone}, tmp_path / "model.safetensors", {"format": "pt"})
+        with pytest.raises(ValueError, match=f"leaves {len(gone)} weights"):
+            self.model_class.from_pretrained(tmp_path)
+        loaded = self.model_class.from_pretrained(tmp_path, allow_missing_keys=True).state_dict()
+        fresh = model.state_dict()
+        for name, value in loaded.items():
+            assert value.isfinite().all(), name
+            if name not in gone:
+                assert torch.equal(value, fresh[name]), name
+            elif value.numel() >= 64:
+                found, expected = (x.float().std().item() for x in (value, fresh[name]))
+                assert expected / 2 <= found <= expected * 2, f"{name}: std {found}, freshly made {expected}"
+
+    def test_both_key_formats_load(self, tmp_path: Path) -> None:
+        model = self.model()
+        own_names = set(model.state_dict())
+        for original_format in (False, True):
+            folder = tmp_path / str(original_format)
+            model.save_pretrained(folder, save_original_format=original_format)
+            if not original_format:
+                assert set(load_file(folder / "model.safetensors")) == own_names
+            self.assert_same(self.run(self.model_class.from_pretrained(folder)), self.run(model))
+
+    def test_bfloat16_survives_saving(self, tmp_path: Path) -> None:
+        self.model().save_pretrained(tmp_path / "float32")
+        model = self.model_class.from_pretrained(tmp_path / "float32", dtype=torch.bfloat16)
+        assert all(value.isfinite().all() for value in self.run(model).values())
+        model.save_pretrained(tmp_path / "bfloat16")
+        loaded = self.model_class.from_pretrained(tmp_path / "bfloat16")
+        assert loaded.dtype == torch.bfloat16
+        for name, value in model.state_dict().items():
+            assert torch.equal(loaded.state_dict()[name], value), name
+
+    def test_refuses_checkpoints_of_another_method(self, tmp_path: Path) -> None:
+        config = self.config()
+        config.save_pretrained(tmp_path)
+        text = (tmp_path / "config.json").read_text()
+        (tmp_path / "config.json").write_text(text.replace(f'"{config.model_type}"', '"another_method"'))
+        with pytest.raises(ValueError, match="another_method"):
+            self.model_class.from_pretrained(tmp_path)
+
+    def test_can_be_built_without_memory(self) -> None:
+        with torch.device("meta"):
+            model = self.model_class(self.config())
+        assert all(p.is_meta for p in model.parameters())
+        assert not [name for name in model.state_dict() if "num_batches_tracked" in name]
+
+    # ------------------------------------------------------------------ forward
+
+    def test_runs_are_repeatable(self) -> None:
+        model = self.model()
+        self.assert_same(self.run(model), self.run(model))
+
+    def test_outputs_have_the_documented_shapes(self) -> None:
+        model = self.model()
+        for batch, classes in ((1, 1), (2, 1), (1, 4), (2, 4)):
+            with torch.no_grad():
+                outputs = model(**self.pictures(batch), text_embeds=self.text(model, classes))
+            if outputs.logits is None:
+                queries = model.config.num_queries
+                assert outputs.class_queries_logits.shape == (batch, queries, classes + 1)
+                assert outputs.class_queries_scores.shape == (batch, queries, classes)
+                assert outputs.masks_queries_logits.shape[:2] == (batch, queries)
+                assert outputs.class_queries_scores.min() >= 0
+            else:
+                assert outputs.logits.shape[:2] == (batch, classes)
+                assert outputs.score_function in ("sigmoid", "softmax")
+            assert len(outputs.text_embeds) == classes
+            for name in ("original_sizes", "reshaped_input_sizes", "padded_sizes"):
+                assert outputs[name].shape == (batch, 2)
+
+    def test_any_picture_size(self) -> None:
+        model = self.model()
+        for size in self.odd_sizes:
+            with torch.no_grad():
+                outputs = model(**self.pictures(size=size), text_embeds=self.text(model))
+            assert all(value.isfinite().all() for value in self.predictions(outputs).values()), size
+
+    def test_pictures_of_a_batch_do_not_mix(self) -> None:
+        model = self.model()
+        batch = self.pictures(2)
+        text = self.text(model)
+        with torch.no_grad():
+            together = self.predictions(model(**batch, text_embeds=text))
+            alone = [
+                self.predictions(model(**{k: v[i : i + 1] for k, v in batch.items()}, text_embeds=text)) for i in range(2)
+            ]
+        self.assert_same(together, {k: torch.cat([alone[0][k], alone[1][k]]) for k in together}, 1e-4)
+
+    def test_encoded_pictures_answer_any_vocabulary(self) -> None:
+        model = self.model()
+        batch = self.pictures(2)
+        with torch.no_grad():
+            state = model.encode_image(**batch)
+            for classes in (3, 1, 5):
+                text = self.text(model, classes, seed=classes)
+                whole = model(**batch, text_embeds=text)
+                asked = model(image_state=state, text_embeds=text)
+                self.assert_same(self.predictions(asked), self.predictions(whole), 1e-6)
+                assert torch.equal(asked.padded_sizes, whole.padded_sizes)
+
+    def test_texts_and_their_embeddings_give_the_same(self) -> None:
+        model = self.model()
+        tokens = self.token_ids(["road", "a tree", "sky"])
+        with torch.no_grad():
+            embeds = model.encode_vocabulary(**tokens)
+            given = model(**self.pictures(), **tokens)
+            self.assert_same(
+                self.predictions(given), self.predictions(model(**self.pictures(), text_embeds=embeds)), 1e-6
+            )
+        torch.testing.assert_close(embeds.norm(dim=-1), torch.ones(embeds.shape[:-1]))
+
+    def test_tuple_outputs(self) -> None:
+        model = self.model()
+        with torch.no_grad():
+            outputs = model(**self.pictures(), text_embeds=self.text(model))
+            as_tuple = model(**self.pictures(), text_embeds=self.text(model), return_dict=False)
+        assert isinstance(as_tuple, tuple)
+        assert len(as_tuple) == len(outputs.to_tuple())
+        torch.testing.assert_close(as_tuple[0], outputs.to_tuple()[0])
+
+    def test_attention_implementations_agree(self) -> None:
+        model = self.model()
+        model.set_attn_implementation("sdpa")
+        fast = self.run(model)
+        model.set_attn_implementation("eager")
+        self.assert_same(self.run(model), fast, 1e-4)
+
+    def test_sliding_window_gives_one_row_per_view(self) -> None:
+        model = self.model()
+        with torch.no_grad():
+            outputs = model(**self.pictures(2), text_embeds=self.text(model), sliding_window=True)
+        views = len(outputs.view_boxes)
+        assert outputs.view_boxes.shape == (views, 4)
+        assert all(len(value) == 2 * views for value in self.predictions(outputs).values())
+        height, width = outputs.canvas_size
+        assert outputs.view_boxes.min() >= 0
+        assert outputs.view_boxes[:, 0::2].max() == width
+        assert outputs.view_boxes[:, 1::2].max() == height
+
+    # ------------------------------------------------------------------ bad input
+
+    def test_needs_exactly_one_kind_of_text(self) -> None:
+        model = self.model()
+        tokens, text = self.token_ids(["road"]), self.text(model)
+        with pytest.raises(ValueError, match="neither"):
+            model(**self.pictures())
+        with pytest.raises(ValueError, match="both"):
+            model(**self.pictures(), **tokens, text_embeds=text)
+
+    def test_needs_exactly_one_kind_of_picture(self) -> None:
+        model = self.model()
+        with torch.no_grad(), pytest.raises(ValueError, match="image_state"):
+            model(text_embeds=self.text(model))
+        with torch.no_grad(), pytest.raises(ValueError, match="image_state"):
+            model(**self.pictures(), image_state=model.encode_image(**self.pictures()), text_embeds=self.text(model))
+
+    def test_refuses_embeddings_of_another_width(self) -> None:
+        model = self.model()
+        text = self.text(model)
+        with pytest.raises(ValueError, match=str(text.shape[-1])):
+            model(**self.pictures(), text_embeds=text[..., :-1])
+
+    def test_refuses_pictures_of_another_layout(self) -> None:
+        model = self.model()
+        with pytest.raises(ValueError, match="pixel_values must be"):
+            model(pixel_values=torch.zeros(1, 64, 64, 3), text_embeds=self.text(model))
+
+    def test_refuses_unknown_switches(self) -> None:
+        model = self.model()
+        with pytest.raises(TypeError, match="no_such_switch"):
+            model(**self.pictures(), text_embeds=self.text(model), no_such_switch=1)
+
+    def test_refuses_labels_that_do_not_fit(self) -> None:
+        model = self.model()
+        inputs = {**self.pictures(), "text_embeds": self.text(model)}
+        with pytest.raises(ValueError, match="size of pixel_values"):
+            model(**inputs, labels=self.labels()[:, 1:])
+        with pytest.raises(ValueError, match="class 255"):
+            model(**inputs, labels=torch.full_like(self.labels(), 255))
+
+    # ------------------------------------------------------------------ training
+
+    def gradients(self, model: OpenVocabularySegmentationModel) -> dict[str, torch.Tensor]:
+        torch.manual_seed(0)
+        model.zero_grad()
+        outputs = model(**self.training_inputs(model))
+        torch.testing.assert_close(outputs.loss, sum(outputs.loss_dict.values()))
+        outputs.loss.backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    def test_a_step_trains_exactly_what_is_trained(self) -> None:
+        model = self.model().train()
+        gradients = self.gradients(model)
+        assert set(gradients) == {name for name, p in model.named_parameters() if p.requires_grad}
+        assert all(value.isfinite().all() for value in gradients.values())
+
+    def test_the_loss_depends_on_the_seeds_only(self) -> None:
+        model = self.model().train()
+        inputs = self.training_inputs(model)
+        with torch.no_grad():
+            first, again = model(**inputs).loss, model(**inputs).loss
+        assert torch.equal(first, again)
+
+    def test_a_picture_without_labels_has_a_loss(self) -> None:
+        model = self.model().train()
+        inputs = self.training_inputs(model)
+        inputs["labels"] = torch.full_like(inputs["labels"], -100)
+        loss = model(**inputs).loss
+        loss.backward()
+        assert loss.isfinite()
+
+    def test_activation_checkpointing_changes_no_gradient(self) -> None:
+        model = self.model().train()
+        plain = self.gradients(model)
+        model.activation_checkpointing_enable()
+        checkpointed = self.gradients(model)
+        self.assert_same(checkpointed, plain, 1e-4)
+
+    # ------------------------------------------------------------------ compilers
+
+    def test_compiles_without_graph_breaks(self) -> None:
+        model = self.model()
+        expected = self.run(model)
+        torch._dynamo.reset()
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        with torch.no_grad():
+            found = compiled(**self.pictures(), text_embeds=self.text(model))
+        self.assert_same(self.predictions(found), expected, 1e-4)
+
+    @pytest.mark.slow
+    def test_can_be_exported(self) -> None:
+        model = self.model()
+        inputs = {"pixel_values": self.pictures()["pixel_values"], "text_embeds": self.text(model)}
+        with torch.no_grad():
+            program = torch.export.export(model, (), inputs)
+            found, expected = program.module()(**inputs), model(**inputs)
+        self.assert_same(self.predictions(found), self.predictions(expected), 1e-4)
