@@ -11,7 +11,7 @@ DATA = ["accelerate>=1.10", "datasets>=4.0"]
 EXTRAS = {
     "train": [*DATA, "pyyaml>=6.0", "scipy>=1.11", "tensorboard>=2.16"],
     "eval": [*DATA, "evaluate>=0.4.3"],
-    "demo": ["pyyaml>=6.0"],
+    "demo": [],  # inference is enough
 }
 EXTRAS["dev"] = [
     *sorted({package for extra in EXTRAS.values() for package in extra}),

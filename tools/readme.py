@@ -55,6 +55,11 @@ def two_digits(value: float) -> str:
     return f"{value:.2f}"
 
 
+def three_digits(value: float) -> str:
+    """A number to three places."""
+    return f"{value:.3f}"
+
+
 def scientific(value: float) -> str:
     """A deviation."""
     return f"{value:.0e}"
@@ -176,6 +181,37 @@ TABLES: dict[str, LedgerTable | MethodTable] = {
             Column("Commit", "commit", commit),
         ),
         key=("method", "command", "protocol"),
+    ),
+    "scenes": LedgerTable(
+        "scenes.jsonl",
+        (
+            Column("Checkpoint", "name"),
+            *(Column(f"Things {tier}", f"figures.things_{tier}", percent) for tier in "abc"),
+            *(Column(f"Stuff {tier}", f"figures.stuff_{tier}", percent) for tier in "abc"),
+            Column("mIoU", "figures.miou", percent),
+            Column("hIoU", "figures.hiou", percent),
+            Column("mIoU, names shuffled", "figures.shuffled_miou", percent),
+            Column("Protocol", "protocol"),
+            Column("Seed", "seed"),
+            Column("Commit", "commit", commit),
+        ),
+        key=("name", "protocol", "seed"),
+    ),
+    "speed": LedgerTable(
+        "speed.jsonl",
+        (
+            Column("Method", "method"),
+            Column("Parameters", "figures.parameters", count),
+            Column("Picture", "size", lambda size: " x ".join(map(str, size))),
+            Column("Names", "classes", count),
+            Column("Picture side, s", "figures.encode_image", two_digits),
+            Column("Whole model, s", "figures.forward", two_digits),
+            Column("Map, s", "figures.map", two_digits),
+            Column("Text, s a prompt", "figures.text_per_prompt", three_digits),
+            Column("Machine", "machine"),
+            Column("Threads", "threads"),
+        ),
+        key=("method", "size", "classes", "threads", "machine"),
     ),
 }
 
