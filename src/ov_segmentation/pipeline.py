@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import BatchFeature
 from transformers.pipelines import PIPELINE_REGISTRY, Pipeline
 from transformers.utils import logging
@@ -132,7 +132,7 @@ class OpenVocabularySegmentationPipeline(Pipeline):
         batch_size = batch_size or self._batch_size or 1
         num_workers = self._num_workers or 0 if num_workers is None else num_workers
         dataset = prepared_dataset(inputs, Preparation(self.processor.image_processor, **preprocess))
-        if num_workers > 1 and not hasattr(dataset, "__getitem__"):
+        if num_workers > 1 and isinstance(dataset, IterableDataset):
             logger.warning("Several workers would each read the whole stream: num_workers is set to 1.")
             num_workers = 1
         loader = DataLoader(dataset, batch_size=batch_size, num_workers=num_workers, collate_fn=list)

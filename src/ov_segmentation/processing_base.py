@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
@@ -37,6 +38,21 @@ class OpenVocabularySegmentationProcessor(ProcessorMixin):
     def __init__(self, image_processor=None, tokenizer=None, prompt_templates=None) -> None:
         self.prompt_templates = list(load_prompt_templates(prompt_templates or self.default_templates))
         super().__init__(image_processor, tokenizer)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any) -> Any:
+        """transformers' `from_pretrained`; a folder without a tokenizer is an error that says so."""
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        except (ValueError, OSError) as error:
+            if "tokenizer" not in str(error):
+                raise
+            image_processor = cls.__name__.replace("Processor", "ImageProcessor")
+            raise ValueError(
+                f"{pretrained_model_name_or_path} holds no tokenizer that can be loaded (it may have been converted "
+                f"without one). Save {cls.__name__}({image_processor}.from_pretrained(path), tokenizer) there, "
+                f"with CLIP's tokenizer."
+            ) from error
 
     def __call__(
         self,
