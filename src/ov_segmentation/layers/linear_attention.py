@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 EPSILON = 1e-6
 
@@ -35,7 +36,7 @@ class ClassSums(NamedTuple):
         return ClassSums(self.key_values + other.key_values, self.keys + other.keys)
 
 
-class ClassAttention(nn.Module):
+class ClassAttention(GradientCheckpointingLayer):
     """Pre-norm transformer layer over classes: linear attention without output projection, then a ReLU MLP.
 
     Args:

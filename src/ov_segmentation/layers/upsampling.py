@@ -18,11 +18,12 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 CHANNELS_PER_GROUP = 16
 
 
-class GuidedUpsampling(nn.Module):
+class GuidedUpsampling(GradientCheckpointingLayer):
     """Twice the resolution, guided: `[N, h, w, C]` -> `[N, 2h, 2w, out_channels]`, channels last.
 
     Args:

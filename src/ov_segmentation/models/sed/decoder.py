@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 from torch.nn import functional as F
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ...layers.linear_attention import ClassAttention, add_pooled, pool_positions
 from ...layers.upsampling import GuidedUpsampling
@@ -52,7 +53,7 @@ class ClassChunk(NamedTuple):
         )
 
 
-class LargeKernelBlock(nn.Module):
+class LargeKernelBlock(GradientCheckpointingLayer):
     """Spatial aggregation: a ConvNeXt block with a larger kernel, one residual around all of it.
 
     `[n, h, w, C]` -> `[n, h, w, C]`: depthwise convolution, LayerNorm, Linear, GELU, Linear, scale per channel.

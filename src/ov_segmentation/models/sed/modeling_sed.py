@@ -19,6 +19,7 @@ from ...layers.convnext_clip import ConvNextCLIPModel
 from ...layers.correlation import correlation
 from ...layers.dense_clip import dense_clip_features
 from ...layers.initialization import init_torch_defaults
+from ...layers.picture_stretching import stretch_pictures
 from ...layers.sliding_window import cut_views, resize, split_pictures, view_boxes
 from ...losses_per_class import per_class_cross_entropy
 from ...modeling_base import FROM_CONFIG, OpenVocabularySegmentationModel
@@ -80,6 +81,10 @@ class SEDForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
 
     def __init__(self, config: SEDConfig) -> None:
         super().__init__(config)
+        self.gradient_checkpointing = False
+        if not config.has_plain_encoder:
+            # transformers refuses any other for a model without attention
+            config.vision_config._attn_implementation = "eager"
         vision_class = CLIPVisionModel if config.has_plain_encoder else ConvNextModel
         self.vision_model = vision_class._from_config(config.vision_config)
         install_clip_stem(self, config.clip_stem)
@@ -130,6 +135,13 @@ class SEDForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
         """Freeze the text tower, and of the encoder what `config.num_trainable_stages` leaves out."""
         self.requires_grad_(True)
         self.text_model.requires_grad_(False)
+        self._freeze_encoder()
+        if self.config.has_plain_encoder:
+            # the value path of the last block goes round them
+            for unused in ("q_proj", "k_proj"):
+                getattr(self.vision_model.encoder.layers[-1].self_attn, unused).requires_grad_(False)
+
+    def _freeze_encoder(self) -> None:
         trained = self.config.num_trainable_stages
         if trained == 4:
             return
@@ -140,17 +152,23 @@ class SEDForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
         if self.config.has_plain_encoder:
             blocks = self.vision_model.encoder.layers
             stages: Any = blocks[len(blocks) - len(blocks) * trained // 4 :]
-            self.vision_model.post_layernorm.requires_grad_(True)
+            norm = self.vision_model.post_layernorm
         else:
-            stages = self.vision_model.encoder.stages[-trained:]
-            self.vision_model.layernorm.requires_grad_(True)
-        stages.requires_grad_(True)
+            stages, norm = self.vision_model.encoder.stages[-trained:], self.vision_model.layernorm
+        for part in (*stages, norm):
+            part.requires_grad_(True)
 
     def _resolve_switches(self, given: dict[str, Any], known: frozenset[str]) -> dict[str, Any]:
         name = "class_attention_pooling"
         if self.training and name in known and given.get(name, FROM_CONFIG) == FROM_CONFIG:
             given = {**given, name: self.config.train_class_attention_pooling}
         return super()._resolve_switches(given, known)
+
+    def set_attn_implementation(self, attn_implementation: str | dict, *args: Any, **kwargs: Any) -> None:
+        """Set it for the parts that have attention: a ConvNeXt has none and would refuse."""
+        if isinstance(attn_implementation, str) and not self.config.has_plain_encoder:
+            attn_implementation = {"": attn_implementation, "text_config": attn_implementation}
+        super().set_attn_implementation(attn_implementation, *args, **kwargs)
 
     @classmethod
     def from_clip(
@@ -188,19 +206,22 @@ class SEDForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
         sliding_window: bool,
         crop_batch_size: int | None,
         output_hidden_states: bool = False,
+        output_attentions: bool = False,
         **inputs: Any,
     ) -> SEDImageState:
+        if output_attentions:
+            raise ValueError("SED has no attention weights to give: its class attention is linear. See output_maps.")
         config = self.config
-        pictures = split_pictures(pixel_values, reshaped_input_sizes)
         boxes, canvas_size = None, None
         if not sliding_window:
-            views = torch.cat([resize(picture, config.input_size) for picture in pictures])
+            views = stretch_pictures(pixel_values, reshaped_input_sizes, config.input_size)
         elif for_training:
             raise ValueError("A loss is taken on whole pictures: pass sliding_window=False together with labels.")
         else:
             canvas_size = (config.canvas_size[0], config.canvas_size[1])
             windows = (config.window_pixels, config.window_stride, config.global_view)
             boxes = view_boxes(canvas_size, *windows)
+            pictures = split_pictures(pixel_values, reshaped_input_sizes)
             views = resize(cut_views(pictures, canvas_size, *windows), config.input_size)
         parts = [self._encode_views(chunk) for chunk in views.split(crop_batch_size or len(views))]
         dense = torch.cat([dense for dense, _, _ in parts])
@@ -216,15 +237,22 @@ class SEDForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
         """Dense features, image guidance and the encoder's maps of `views` `[R, 3, height, width]`."""
         if self.config.has_plain_encoder:
             skip_layers = self.config.skip_layers if self.config.fuses_features else ()
-            dense, sources = dense_clip_features(self, views, skip_layers, residual="token")
+            dense, sources, _ = dense_clip_features(self, views, skip_layers, residual="token")
             sizes = [(dense.shape[-2] << level, dense.shape[-1] << level) for level in range(1, len(sources) + 1)]
-            return dense, self._guide([resize(m, size) for m, size in zip(sources, sizes)]), tuple(sources)
+            return dense, self._guide([resize(m, size) for m, size in zip(sources, sizes)]), sources
         maps = [self.vision_model.embeddings(views.contiguous(memory_format=torch.channels_last))]
         for stage in self.vision_model.encoder.stages:
-            maps.append(stage(maps[-1]))
+            maps.append(self._run_stage(stage, maps[-1]))
         # every position of the last map is an image of its own for CLIP's head
         dense = self.visual_projection(self.vision_model.layernorm(maps[-1].permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
         return dense, self._guide(maps[-2:0:-1]), tuple(maps)
+
+    def _run_stage(self, stage: nn.Module, features: torch.Tensor) -> torch.Tensor:
+        if not (self.gradient_checkpointing and self.training):
+            return stage(features)
+        for part in (*stage.downsampling_layer, *stage.layers):
+            features = self._gradient_checkpointing_func(part, features)
+        return features
 
     def _guide(self, sources: list[torch.Tensor]) -> list[torch.Tensor]:
         if self.config.detach_image_guidance:
