@@ -107,11 +107,11 @@ def _read(path: Path) -> object:
 
 @dataclass(frozen=True)
 class Rule:
-    """One source key to one or several target keys.
+    r"""One source key to one or several target keys.
 
     Args:
         pattern: a regular expression for the whole source key.
-        targets: templates of the target keys (`\\\\1`: the pattern's groups).
+        targets: templates of the target keys (`\1`: the pattern's first group).
         transform: the source tensor to the target tensor, or to a tuple of them; None: as it is.
     """
 

@@ -27,8 +27,9 @@ def main(model_type: str, arguments: Sequence[str] | None = None) -> None:
     rules = importlib.import_module(f"{__package__}.models.{model_type}.convert_{model_type}")
     options = _parser(method, rules).parse_args(arguments)
     config, variant = _config(method, rules, options)
+    tokenizer = _tokenizer(options.tokenizer, rules.DEFAULT_TOKENIZER)
     model = rules.convert(options.checkpoint, config, options.clip_checkpoint)
-    save_folder(method, model, options.output, _tokenizer(options.tokenizer, rules.DEFAULT_TOKENIZER))
+    save_folder(method, model, options.output, tokenizer)
     copy_model_card(options.output, variant or model_type)
     print(f"{method.model} ({sum(p.numel() for p in model.parameters()):,} parameters) written to {options.output}")
     if options.push_to_hub:
@@ -39,7 +40,9 @@ def main(model_type: str, arguments: Sequence[str] | None = None) -> None:
 
 
 def _parser(method: Method, rules: ModuleType) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=f"Convert an original {method.name} checkpoint to a folder for transformers.")
+    parser = argparse.ArgumentParser(
+        description=f"Convert an original {method.name} checkpoint to a folder for transformers."
+    )
     parser.add_argument("--checkpoint", required=True, type=Path, metavar="FILE", help="the original checkpoint")
     parser.add_argument("--output", required=True, type=Path, metavar="DIR", help="folder to write")
     size = parser.add_mutually_exclusive_group()
@@ -80,7 +83,7 @@ def find_variant(rules: ModuleType, checkpoint: Path, clip_checkpoint: Path | No
             fitting.append(name)
     if len(fitting) != 1:
         raise ConversionError(
-            f"{checkpoint} fits {len(fitting)} of the releases; say which one with --variant, or its size with --config.",
+            f"{checkpoint} fits {len(fitting)} releases: name one with --variant, or give its size with --config.",
             fitting or failures,
         )
     return fitting[0]

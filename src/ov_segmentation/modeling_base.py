@@ -7,12 +7,13 @@ from typing import Any, ClassVar, get_type_hints
 
 import torch
 from torch import nn
-from transformers import CLIPConfig, CLIPModel, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_base import OpenVocabularySegmentationConfig
-from .layers.clip_stem import CLIPStem, init_clip_stem_weights, install_clip_stem, load_clip, split_clip_config
+from .from_clip import FromCLIPMixin
+from .layers.clip_stem import CLIPStem, init_clip_stem_weights
 from .losses import SeededDraws
 from .modeling_outputs import ImageState, OpenVocabularySegmentationOutput
 from .text_encoding import TextEmbeddingCache, encode_vocabulary
@@ -22,7 +23,7 @@ logger = logging.get_logger(__name__)
 FROM_CONFIG = "config"
 
 
-class OpenVocabularySegmentationModel(PreTrainedModel):
+class OpenVocabularySegmentationModel(FromCLIPMixin, PreTrainedModel):
     """Base of the six `<X>ForOpenVocabularySegmentation`.
 
     A method implements `_encode_image` (what does not depend on the class names), `_segment` (the rest, and the loss)
@@ -56,8 +57,13 @@ class OpenVocabularySegmentationModel(PreTrainedModel):
     # ------------------------------------------------------------------ the parts that a method fills in
 
     def _encode_image(self, pixel_values: torch.Tensor, *, for_training: bool, **inputs: Any) -> ImageState:
-        """The picture side. `inputs`: `pixel_mask`, `reshaped_input_sizes`, `output_hidden_states`, `output_attentions`,
-        `output_maps` and the resolved picture switches. `for_training` asks for what only the loss needs (auxiliary outputs)."""
+        """The picture side.
+
+        Args:
+            for_training: asks for what only the loss needs (auxiliary outputs).
+            inputs: `pixel_mask`, `reshaped_input_sizes`, `output_hidden_states`, `output_attentions`, `output_maps` and
+                the resolved picture switches.
+        """
         raise NotImplementedError
 
     def _segment(
@@ -314,7 +320,9 @@ class OpenVocabularySegmentationModel(PreTrainedModel):
             outputs.maps = {**(state.maps or {}), **(outputs.maps or {})} or None
         for option, wanted in records.items():
             if wanted and getattr(outputs, option.removeprefix("output_")) is None:
-                raise ValueError(f"{option} was asked for, but image_state does not hold it: encode_image({option}=True).")
+                raise ValueError(
+                    f"{option}: there is none to hand on; encode_image({option}=True) keeps what a method has."
+                )
 
     @staticmethod
     def draws(sample_seeds: torch.Tensor | None, batch_size: int) -> SeededDraws:
@@ -338,39 +346,6 @@ class OpenVocabularySegmentationModel(PreTrainedModel):
                 f"labels hold class {highest}, but only {num_classes} class names were given. Is it the ignore index? "
                 f"Pass ignore_index={highest} to the processor."
             )
-
-    # ------------------------------------------------------------------ CLIP
-
-    @staticmethod
-    def build_clip(config: OpenVocabularySegmentationConfig) -> CLIPModel:
-        """An uninitialised `CLIPModel` from `config.clip_config`, with the convolutional trunk of `config.clip_stem`."""
-        clip = CLIPModel._from_config(config.clip_config)
-        install_clip_stem(clip, config.clip_stem)
-        return clip
-
-    @classmethod
-    def config_for_clip(cls, clip_config: CLIPConfig) -> dict[str, Any]:
-        """Configuration values that follow from CLIP's size when the caller of `from_clip` does not give them."""
-        return {}
-
-    @classmethod
-    def from_clip(cls, clip: str | os.PathLike | CLIPModel, **config: Any) -> OpenVocabularySegmentationModel:
-        """An untrained model around a trained CLIP: what training starts from. For methods that hold a `CLIPModel`.
-
-        Args:
-            clip: a Hub id or folder of a `CLIPModel`, or the model itself.
-            config: values for the method's configuration.
-
-        Returns:
-            The model in float32, frozen as the method trains it.
-        """
-        if not isinstance(clip, CLIPModel):
-            clip = load_clip(clip)
-        clip_config, clip_stem = split_clip_config(clip.config)
-        values = {"clip_config": clip_config, "clip_stem": clip_stem, **cls.config_for_clip(clip_config), **config}
-        model = cls(cls.config_class(**values))
-        model.clip.load_state_dict(clip.state_dict())
-        return model
 
     # ------------------------------------------------------------------ weights
 

@@ -10,13 +10,14 @@ import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, CLIPConfig, CLIPModel
 
 from ov_segmentation import AutoModelForOpenVocabularySegmentation
 from ov_segmentation.auto import load_class
+from ov_segmentation.layers.clip_stem import CLIPModelWithStem, CLIPStem
 from ov_segmentation.modeling_base import OpenVocabularySegmentationModel
 from ov_segmentation.modeling_outputs import OpenVocabularySegmentationOutput
-from tests.tiny import TOKENIZER, random_embeddings
+from tests.tiny import TOKENIZER, random_embeddings, tiny_clip_config
 
 PREDICTIONS = ("class_queries_logits", "class_queries_scores", "masks_queries_logits", "logits")
 
@@ -106,7 +107,9 @@ class ModelTesterMixin:
         with torch.no_grad():
             return self.predictions(model(**self.pictures(batch), text_embeds=self.text(model), **options))
 
-    def assert_same(self, found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float = 0) -> None:
+    def assert_same(
+        self, found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], tolerance: float = 0
+    ) -> None:
         assert found.keys() == expected.keys()
         for name, value in expected.items():
             torch.testing.assert_close(found[name], value, rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
@@ -260,7 +263,8 @@ class ModelTesterMixin:
         with torch.no_grad():
             together = self.predictions(model(**batch, text_embeds=text))
             alone = [
-                self.predictions(model(**{k: v[i : i + 1] for k, v in batch.items()}, text_embeds=text)) for i in range(2)
+                self.predictions(model(**{k: v[i : i + 1] for k, v in batch.items()}, text_embeds=text))
+                for i in range(2)
             ]
         self.assert_same(together, {k: torch.cat([alone[0][k], alone[1][k]]) for k in together}, 1e-4)
 
@@ -413,3 +417,43 @@ class ModelTesterMixin:
             program = torch.export.export(model, (), inputs)
             found, expected = program.module()(**inputs), model(**inputs)
         self.assert_same(self.predictions(found), self.predictions(expected), 1e-4)
+
+
+class FromCLIPTesterMixin:
+    """For methods with a `CLIPModel`: `from_clip` takes weights and sizes from it."""
+
+    clip_pixels: ClassVar[int] = 32
+    clip_values: ClassVar[dict[str, Any]] = {}
+
+    def clip(self, **vision: Any) -> CLIPModel:
+        torch.manual_seed(1)
+        values = {"image_size": self.clip_pixels, **vision}
+        return CLIPModel(CLIPConfig.from_dict(tiny_clip_config(**values)))
+
+    def test_from_clip_takes_weights_and_sizes(self, tmp_path: Path) -> None:
+        clip = self.clip()
+        clip.config.text_config.eos_token_id = 2  # as in OpenAI's checkpoints on the Hub
+        clip.save_pretrained(tmp_path)
+        for source in (tmp_path, str(tmp_path), clip):
+            model = self.model_class.from_clip(source, **self.clip_values)
+            for name, value in clip.state_dict().items():
+                assert torch.equal(model.clip.state_dict()[name], value), name
+            assert model.config.clip_config.text_config.eos_token_id == TOKENIZER.eos_token_id
+        assert model.config.clip_config.vision_config.hidden_size == clip.config.vision_config.hidden_size
+        trained = {name for name, p in model.named_parameters() if p.requires_grad}
+        assert trained
+        self.run(model.eval())
+
+    def test_from_clip_keeps_a_convolutional_stem(self, tmp_path: Path) -> None:
+        config = CLIPConfig.from_dict(tiny_clip_config(image_size=self.clip_pixels))
+        config.clip_stem = {"hidden_sizes": [8, 16, 32], "depths": [1, 1, 1], "num_groups": 4}
+        torch.manual_seed(1)
+        clip = CLIPModelWithStem(config)
+        clip.save_pretrained(tmp_path / "clip", save_original_format=False)
+        model = self.model_class.from_clip(tmp_path / "clip", **self.clip_values).eval()
+        stem = model.clip.vision_model.embeddings.patch_embedding
+        assert isinstance(stem, CLIPStem)
+        for name, value in clip.state_dict().items():
+            assert torch.equal(model.clip.state_dict()[name], value), name
+        model.save_pretrained(tmp_path / "model")
+        self.assert_same(self.run(self.model_class.from_pretrained(tmp_path / "model")), self.run(model))

@@ -13,11 +13,11 @@ import torch
 
 from ov_segmentation.layers.clip_vision import clip_position_embedding, embed_patches, run_blocks
 from ov_segmentation.losses import MaskClassificationCriterion, Match, masks_from_labels, sum_losses
+from ov_segmentation.modeling_outputs import OpenVocabularySegmentationOutput
 from ov_segmentation.models.san.convert_san import convert, map_keys
 from ov_segmentation.models.san.modeling_san import SANForOpenVocabularySegmentation, SANImageState
 from ov_segmentation.models.san.recognition import cross_attention_bias, masked_attention_bias, pool_bias
 from ov_segmentation.models.san.side_adapter import Proposals, SideFeatures
-from ov_segmentation.modeling_outputs import OpenVocabularySegmentationOutput
 
 from .common import Case, Comparison, assert_close, check_recorded, each_case, each_recorded_tensor
 
@@ -69,7 +69,9 @@ class SANCase(Case):
         self.vision = self.model.clip.vision_model
         self.grid = tuple(self.hparams["side_grid_hw"])
         self.clip_grid = tuple(self.hparams["clip_grid_hw"])
-        self.first_recognition = self.config.clip_config.vision_config.num_hidden_layers - self.config.num_recognition_layers
+        self.first_recognition = (
+            self.config.clip_config.vision_config.num_hidden_layers - self.config.num_recognition_layers
+        )
 
     def encode(self, pixel_values: torch.Tensor, form: str, for_training: bool = False) -> SANImageState:
         """The picture side in one of the two recognition forms."""
@@ -91,13 +93,15 @@ class SANCase(Case):
 
     def clip_tokens(self, layer: int) -> torch.Tensor:
         """The recorded tokens of a CLIP layer, class token first."""
-        maps, token = self.expected[f"clip/layer_{layer:02d}_feature_map"], self.expected[f"clip/layer_{layer:02d}_cls_token"]
+        maps, token = (
+            self.expected[f"clip/layer_{layer:02d}_feature_map"],
+            self.expected[f"clip/layer_{layer:02d}_cls_token"],
+        )
         return torch.cat([token, maps.flatten(2).transpose(1, 2)], dim=1)
 
     def recorded_clip_layers(self) -> list[int]:
         return sorted(int(name[11:13]) for name in self.expected if re.fullmatch(r"clip/layer_\d\d_feature_map", name))
 
-    @functools.cache
     def computed_clip_tokens(self, layer: int) -> torch.Tensor:
         """A CLIP layer, from the nearest recorded one below."""
         if layer == 0:
@@ -230,7 +234,6 @@ class SANCase(Case):
 
     # ---------------------------------------------------------------- training
 
-    @functools.cache
     def matches(self, depth: str) -> list[Match]:
         names = ("queries", "targets")
         return [
@@ -354,14 +357,20 @@ COMPARISONS = [
     ),
     Comparison(r"rec/(\w+)/mask_embedding", lambda c, m: c.mask_embedding(m[1]), TOKENS),
     Comparison(r"rec/(\w+)/class_logits", lambda c, m: c.segment(m[1]).class_queries_logits, LOGITS),
-    Comparison("final/class_probabilities", lambda c, m: c.segment("masked_self_attention").class_queries_scores, SCORES),
+    Comparison(
+        "final/class_probabilities", lambda c, m: c.segment("masked_self_attention").class_queries_scores, SCORES
+    ),
     Comparison("final/mask_logits_image_size", lambda c, m: c.mask_logits_at_picture_size(), TOKENS),
     Comparison(r"final/(\w+)/sem_seg_scores", lambda c, m: c.scores(c.segment(m[1]))[0], SCORES),
     Comparison(r"batch/sem_seg_scores_image_(\d+)", lambda c, m: c.batch_scores[int(m[1])], SCORES),
     Comparison(r"train/(main|aux_\d+)/pred_class_logits", lambda c, m: c.training[f"{m[1]}/pred_class_logits"], LOGITS),
     Comparison(r"train/(main|aux_\d+)/pred_mask_logits", lambda c, m: c.training[f"{m[1]}/pred_mask_logits"], TOKENS),
-    Comparison(r"train/(main|aux_\d+)/matched_queries_image_(\d+)", lambda c, m: c.rematched(m[1], int(m[2])).queries, 0),
-    Comparison(r"train/(main|aux_\d+)/matched_targets_image_(\d+)", lambda c, m: c.rematched(m[1], int(m[2])).targets, 0),
+    Comparison(
+        r"train/(main|aux_\d+)/matched_queries_image_(\d+)", lambda c, m: c.rematched(m[1], int(m[2])).queries, 0
+    ),
+    Comparison(
+        r"train/(main|aux_\d+)/matched_targets_image_(\d+)", lambda c, m: c.rematched(m[1], int(m[2])).targets, 0
+    ),
     Comparison(r"train/(main|aux_\d+)/loss_points_used", lambda c, m: c.points(m[1]), 0),
     Comparison(r"train/loss_weighted/(\w+)", lambda c, m: c.training[m[1]], 1e-5, relative=True),
     Comparison(r"train/loss_unweighted/(\w+)", lambda c, m: c.unweighted(m[1]), 1e-5, relative=True),
@@ -369,7 +378,7 @@ COMPARISONS = [
     Comparison(r"train/grad/(.+)", lambda c, m: c.gradient(m[1]), 1e-4, relative=True),
 ]
 EXCUSED = {
-    r"final/\w+/sem_seg_scores_if_resized_last": "a setting of the original that no release uses, and that we do not offer"
+    r"final/\w+/sem_seg_scores_if_resized_last": "a setting of the original that no release uses; we do not offer it"
 }
 
 
@@ -412,7 +421,9 @@ def test_the_two_forms_of_recognition_agree(folder: Path) -> None:
     case = SANCase.load(folder)
     with torch.no_grad():
         states = [case.encode(case.expected["pre/side_input"], form) for form in ("cross", "masked")]
-        cross, masked = (case.model(image_state=s, text_embeds=case.expected["text/embedding_per_class"]) for s in states)
+        cross, masked = (
+            case.model(image_state=s, text_embeds=case.expected["text/embedding_per_class"]) for s in states
+        )
     assert_close(cross.class_queries_logits, masked.class_queries_logits, 1e-4)
     for outputs in (cross, masked):
         case.set_sizes(outputs)

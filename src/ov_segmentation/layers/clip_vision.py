@@ -23,15 +23,13 @@ def resize_position_grid(positions: torch.Tensor, old: tuple[int, int], new: tup
 
 
 def clip_position_embedding(vision_model: CLIPVisionModel, grid: tuple[int, int]) -> torch.Tensor:
-    """Position embeddings `[1, 1 + h*w, D]` for a patch grid (h, w): the class token's row as it is, the rest resized."""
+    """Position embeddings `[1, 1 + h*w, D]` for a patch grid (h, w): the class token's row, and the rest resized."""
     weight = vision_model.embeddings.position_embedding.weight[None]
     side = vision_model.config.image_size // vision_model.config.patch_size
     return torch.cat([weight[:, :1], resize_position_grid(weight[:, 1:], (side, side), grid)], dim=1)
 
 
-def embed_patches(
-    vision_model: CLIPVisionModel, pixel_values: torch.Tensor
-) -> tuple[torch.Tensor, tuple[int, int]]:
+def embed_patches(vision_model: CLIPVisionModel, pixel_values: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
     """Tokens before the first block (positions added, after the first LayerNorm) of pictures of any size.
 
     Args:

@@ -46,13 +46,13 @@ class SANConfig(OpenVocabularySegmentationConfig):
         clip_input_scale: size of CLIP's input relative to the side network's (paper, Table 8).
         train_clip_position_embedding: CLIP's position embedding is fine-tuned (paper, Table 9).
         train_clip: all of CLIP is trained, text included; for models that start from nothing.
-        deep_supervision_layers: side layers whose outputs are supervised; the last one is the output. None: the last two.
+        deep_supervision_layers: side layers whose outputs are supervised, the last one among them. None: the last two.
         class_weight, mask_weight, dice_weight: of the matching costs and of the losses.
         no_object_weight: class weight of "no object".
         num_points, oversample_ratio, importance_sample_ratio: point sampling of the mask losses.
         normalise_per_process: loss normaliser of each process on its own, as the original has it.
         window_pixels, window_stride, canvas_pixels, global_view: of the sliding window: side of a window, distance
-            between windows, side of the square canvas they are cut from, and whether the whole picture is one more view.
+            between windows, side of the square canvas they are cut from, whether the whole picture is one more view.
     """
 
     model_type = "san"

@@ -14,7 +14,7 @@ from transformers import initialization as init
 from ...layers.clip_vision import embed_patches, run_blocks
 from ...layers.mlp import MLP
 from ...layers.sliding_window import cut_views, split_pictures, view_boxes
-from ...losses import MaskClassificationCriterion, Prediction, SeededDraws, sum_losses
+from ...losses import MaskClassificationCriterion, Prediction, sum_losses
 from ...modeling_base import OpenVocabularySegmentationModel
 from ...modeling_outputs import ImageState, OpenVocabularySegmentationOutput
 from .configuration_san import SANConfig
@@ -69,7 +69,7 @@ class SANForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
 
     @classmethod
     def config_for_clip(cls, clip_config: CLIPConfig) -> dict[str, Any]:
-        """Three quarters of CLIP's blocks give features, the rest recognises; 0.7 of the input size for patches of 14."""
+        """Three quarters of CLIP's blocks give features, the rest recognises; with patches of 14, the input scale is 0.7."""
         vision = clip_config.vision_config
         features = max(1, vision.num_hidden_layers * 3 // 4)
         return {
@@ -157,7 +157,7 @@ class SANForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
     # ------------------------------------------------------------------ classes
 
     def classifier(self, text_embeds: torch.Tensor) -> torch.Tensor:
-        """Rows that mask embeddings are multiplied with: class embeddings `[K, D]` and "no object", scaled: `[K+1, D]`."""
+        """What mask embeddings are multiplied with: class embeddings `[K, D]` and "no object", scaled: `[K+1, D]`."""
         rows = torch.cat([text_embeds, self.background_embedding.to(text_embeds.dtype)])
         return self.clip.logit_scale.exp() * normalize(rows, dim=-1)
 
@@ -179,7 +179,9 @@ class SANForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
         )
         if labels is not None:
             predictions = self.predictions(state, text_embeds)
-            outputs.loss_dict = self.criterion(predictions, labels.to(self.device), self.draws(sample_seeds, len(labels)))
+            outputs.loss_dict = self.criterion(
+                predictions, labels.to(self.device), self.draws(sample_seeds, len(labels))
+            )
             outputs.loss = sum_losses(outputs.loss_dict)
         return outputs
 

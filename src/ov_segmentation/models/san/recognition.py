@@ -1,6 +1,6 @@
 """SAN's mask recognition: CLIP's last blocks, with class tokens of the mask queries steered by attention biases (3.3).
 
-Each query has a copy of CLIP's class token, its SLS token. It sees the visual tokens, biased, and itself; nothing sees it.
+A query's SLS token, a copy of CLIP's class token, sees the visual tokens, biased, and itself. Nothing sees it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ BLOCKED = -100.0
 
 
 def pool_bias(attention_bias: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """Attention biases `[B, layers, heads, N, h, w]` on CLIP's grid: `[B, layers, heads, N, L]`, by adaptive maximum."""
+    """Attention biases `[B, layers, heads, N, h, w]` to `[B, layers, heads, N, L]` on CLIP's grid, by the maximum."""
     pooled = adaptive_max_pool2d(attention_bias.flatten(1, 3), grid)
     return pooled.flatten(2).unflatten(1, attention_bias.shape[1:4])
 

@@ -1,4 +1,4 @@
-"""SAN's side network: a small ViT that takes in CLIP's features and gives mask logits and attention biases (section 3.2)."""
+"""SAN's side network: a small ViT that takes in CLIP's features and gives masks and attention biases (section 3.2)."""
 
 from __future__ import annotations
 
@@ -149,7 +149,9 @@ class SideAdapterNetwork(nn.Module):
         self.query_embedding = nn.Parameter(torch.empty(1, config.num_queries, width))
         self.query_position_embedding = nn.Parameter(torch.empty(1, config.num_queries, width))
         self.blocks = nn.ModuleList(SideBlock(config) for _ in range(config.side_num_layers))
-        self.fusion_layers = nn.ModuleDict({str(side_layer): FusionLayer(config) for _, side_layer in config.fusion_map})
+        self.fusion_layers = nn.ModuleDict(
+            {str(side_layer): FusionLayer(config) for _, side_layer in config.fusion_map}
+        )
         self.decoder = ProposalDecoder(config)
         self._clip_layer_of = {side_layer: clip_layer for clip_layer, side_layer in config.fusion_map}
 
@@ -163,8 +165,10 @@ class SideAdapterNetwork(nn.Module):
             visual = resize_position_grid(visual, self.stored_grid, grid)
         return torch.cat([self.query_position_embedding, visual], dim=1)
 
-    def fuse(self, layer: int, tokens: torch.Tensor, grid: Grid, clip: list[torch.Tensor], clip_grid: Grid) -> torch.Tensor:
-        """`tokens` `[B, N + h*w, C]` with CLIP's features of side layer `layer` added to the visual ones, if it has any."""
+    def fuse(
+        self, layer: int, tokens: torch.Tensor, grid: Grid, clip: list[torch.Tensor], clip_grid: Grid
+    ) -> torch.Tensor:
+        """`tokens` `[B, N + h*w, C]` with CLIP's features for side layer `layer`, if any, added to the visual ones."""
         if layer not in self._clip_layer_of:
             return tokens
         queries, visual = tokens.split([self.config.num_queries, tokens.shape[1] - self.config.num_queries], dim=1)

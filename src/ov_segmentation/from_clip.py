@@ -1,0 +1,46 @@
+"""Untrained models around a trained CLIP, for the methods that hold a `CLIPModel`."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from transformers import CLIPConfig, CLIPModel
+
+from .configuration_base import OpenVocabularySegmentationConfig
+from .layers.clip_stem import install_clip_stem, load_clip, split_clip_config
+
+
+class FromCLIPMixin:
+    """`build_clip` for constructors, `from_clip` for users; part of the models' base class."""
+
+    @staticmethod
+    def build_clip(config: OpenVocabularySegmentationConfig) -> CLIPModel:
+        """A `CLIPModel` by `config.clip_config`, with the convolutional trunk of `config.clip_stem` if there is one."""
+        clip = CLIPModel._from_config(config.clip_config)
+        install_clip_stem(clip, config.clip_stem)
+        return clip
+
+    @classmethod
+    def config_for_clip(cls, clip_config: CLIPConfig) -> dict[str, Any]:
+        """Configuration values that follow from CLIP's size when the caller of `from_clip` does not give them."""
+        return {}
+
+    @classmethod
+    def from_clip(cls, clip: str | os.PathLike | CLIPModel, **config: Any) -> Any:
+        """An untrained model around a trained CLIP: what training starts from. For methods that hold a `CLIPModel`.
+
+        Args:
+            clip: a Hub id or folder of a `CLIPModel`, or the model itself.
+            config: values for the method's configuration.
+
+        Returns:
+            The model in float32, frozen as the method trains it.
+        """
+        if not isinstance(clip, CLIPModel):
+            clip = load_clip(clip)
+        clip_config, clip_stem = split_clip_config(clip.config)
+        values = {"clip_config": clip_config, "clip_stem": clip_stem, **cls.config_for_clip(clip_config), **config}
+        model = cls(cls.config_class(**values))
+        model.clip.load_state_dict(clip.state_dict())
+        return model
