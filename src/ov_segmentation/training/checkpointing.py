@@ -32,7 +32,8 @@ class TrainingState:
 
     Args:
         step: optimizer steps done.
-        seconds: time spent, over all interruptions.
+        seconds: time spent, evaluation included, summed over the pieces of an interrupted run.
+        cpu_seconds: the same of this process's CPU time, without data-loading processes.
         sums: sums of logged figures since the last line of the log, and `count`, how many went in.
         best_score, best_step: the best evaluation.
         evaluations_without_gain: evaluations since then.
@@ -40,6 +41,7 @@ class TrainingState:
 
     step: int = 0
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
     sums: dict[str, float] = field(default_factory=dict)
     count: int = 0
     best_score: float | None = None

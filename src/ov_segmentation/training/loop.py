@@ -98,14 +98,13 @@ class _Run:
 
         pictures = data.split(recipe.data.train_split)
         self.samples = TrainingSamples(pictures, build_augmentations(recipe.augmentation), recipe.seed)
-        text = self.processor(text=data.vocabulary, return_tensors="pt").to(accelerator.device)
-        # a frozen text side is run once
-        self.text = text if self.model.trains_text else {"text_embeds": self.model.encode_vocabulary(**text)}
-
         self.state = TrainingState()
         done = self.store.steps()
         if done:
             self.state = self.store.load(accelerator, self.wrapped, self.optimizer, done[-1])
+        text = self.processor(text=data.vocabulary, return_tensors="pt").to(accelerator.device)
+        # a frozen text side is run once
+        self.text = text if self.model.trains_text else {"text_embeds": self.model.encode_vocabulary(**text)}
         self._start_trackers()
         self._say(
             f"{type(self.model).__name__}: {trainable_parameters(self.model):,} of "
@@ -126,12 +125,11 @@ class _Run:
             unit="step",
             disable=not self.accelerator.is_local_main_process,
         )
-        last = time.monotonic()
+        self._clock = time.monotonic(), time.process_time()
         while state.step < recipe.steps and not self._stopped_early():
             self._optimizer_step(batches)
             state.step += 1
-            now = time.monotonic()
-            state.seconds, last = state.seconds + now - last, now
+            self._tick()
             bar.update()
             is_last = state.step == recipe.steps
             if is_last or state.step % recipe.log_interval == 0:
@@ -139,6 +137,7 @@ class _Run:
             improved = False
             if self.evaluation_pictures and (is_last or state.step % recipe.evaluation.interval == 0):
                 improved = self._evaluate()
+                self._tick()
                 is_last = is_last or self._stopped_early()
             stop = self._any(terminated[0])
             if improved or is_last or stop or state.step % recipe.checkpoint.interval == 0:
@@ -155,7 +154,8 @@ class _Run:
         wanted = state.best_step if recipe.export.weights == "best" and state.best_step is not None else state.step
         result = {
             "steps": state.step,
-            "seconds": state.seconds,
+            "seconds": round(state.seconds, 1),
+            "cpu_seconds": round(state.cpu_seconds, 1),
             "best_step": state.best_step,
             "best_miou": state.best_score,
             "exported_step": wanted,
@@ -180,6 +180,12 @@ class _Run:
         self.accelerator.end_training()
         self._say(f"Exported step {wanted} to {self.folder.model}.")
         return result
+
+    def _tick(self) -> None:
+        """Add the time since the last call to the state's."""
+        (wall, cpu), self._clock = self._clock, (time.monotonic(), time.process_time())
+        self.state.seconds += self._clock[0] - wall
+        self.state.cpu_seconds += self._clock[1] - cpu
 
     def _batches(self) -> Iterator[dict[str, torch.Tensor]]:
         accelerator, recipe = self.accelerator, self.recipe
