@@ -24,7 +24,7 @@ DEFAULT_TOKENIZER = "openai/clip-vit-base-patch16"
 
 def san_vit_b_16() -> SANConfig:
     """ViT-B/16: the configuration's defaults."""
-    return SANConfig()
+    return SANConfig(weights_license="mit")
 
 
 def san_vit_large_14() -> SANConfig:
@@ -44,6 +44,7 @@ def san_vit_large_14() -> SANConfig:
         num_feature_layers=18,
         num_recognition_layers=6,
         clip_input_scale=0.7,
+        weights_license="mit",
     )
 
 

@@ -28,7 +28,7 @@ class SANImageState(ImageState):
 
     Args:
         masks_queries_logits: `[B, N, h, w]` on the side network's grid.
-        mask_embeds: `[B, N, D]`, L2-normalised, in the space of the text embeddings.
+        mask_embeds: `[B, N, D]`, L2-normalised, in the space of the text embeddings, float32.
         auxiliary: (mask logits, mask embeddings) of the other supervised depths, in training.
     """
 
@@ -69,7 +69,7 @@ class SANForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
 
     @classmethod
     def config_for_clip(cls, clip_config: CLIPConfig) -> dict[str, Any]:
-        """Three quarters of CLIP's blocks give features, the rest recognises; with patches of 14, the input scale is 0.7."""
+        """Three quarters of CLIP's blocks give features, the rest recognises; patches of 14 see 0.7 of the picture."""
         vision = clip_config.vision_config
         features = max(1, vision.num_hidden_layers * 3 // 4)
         return {
@@ -145,7 +145,8 @@ class SANForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
         form = "cross" if output_attentions else config.recognition_attention
         vision = self.clip.vision_model
         sls, attentions = self.recognition(vision, clip_states[first], bias, config.num_recognition_layers, form)
-        embeds = normalize(self.clip.visual_projection(sls), dim=-1).split(config.num_queries, dim=1)
+        # float32: logits are a hundred times these, which half precision would blur
+        embeds = normalize(self.clip.visual_projection(sls).float(), dim=-1).split(config.num_queries, dim=1)
         *auxiliary, (masks, embed) = zip((depth.mask_logits for depth in proposals), embeds, strict=True)
         state.masks_queries_logits, state.mask_embeds = masks, embed
         state.auxiliary = tuple(auxiliary) or None
@@ -157,9 +158,9 @@ class SANForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
     # ------------------------------------------------------------------ classes
 
     def classifier(self, text_embeds: torch.Tensor) -> torch.Tensor:
-        """What mask embeddings are multiplied with: class embeddings `[K, D]` and "no object", scaled: `[K+1, D]`."""
-        rows = torch.cat([text_embeds, self.background_embedding.to(text_embeds.dtype)])
-        return self.clip.logit_scale.exp() * normalize(rows, dim=-1)
+        """Multiplied with mask embeddings: class embeddings `[K, D]` and "no object", scaled: float32 `[K+1, D]`."""
+        rows = torch.cat([text_embeds.float(), self.background_embedding.to(text_embeds.device, torch.float32)])
+        return self.clip.logit_scale.float().exp().to(rows.device) * normalize(rows, dim=-1)
 
     def _segment(
         self,
@@ -170,8 +171,7 @@ class SANForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
         sample_seeds: torch.Tensor | None = None,
         **options: Any,
     ) -> OpenVocabularySegmentationOutput:
-        classifier = self.classifier(text_embeds)
-        class_logits = state.mask_embeds @ classifier.T
+        class_logits = state.mask_embeds @ self.classifier(text_embeds).T
         outputs = OpenVocabularySegmentationOutput(
             class_queries_logits=class_logits,
             masks_queries_logits=state.masks_queries_logits,
