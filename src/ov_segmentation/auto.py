@@ -58,6 +58,7 @@ METHODS = (
     Method("san", "SAN"),
     Method("sed", "SED"),
     Method("ovseg", "OVSeg"),
+    Method("deop", "DeOP"),
     Method("cat_seg", "CATSeg"),
 )
 CLASS_MODULES = {name: module for method in METHODS for name, module in method.modules.items()}

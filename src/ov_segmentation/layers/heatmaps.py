@@ -1,0 +1,126 @@
+"""Classification anchors: for each proposal, where in CLIP's map its class can be read best.
+
+Source: Han et al., DeOP (2023), section 3.3 (classification anchor learning, equation 3).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from transformers.models.maskformer.configuration_maskformer import MaskFormerDetrConfig
+from transformers.models.maskformer.modeling_maskformer import (
+    MaskFormerDetrDecoderLayer,
+    MaskFormerDetrSelfAttention,
+    MaskFormerSinePositionEmbedding,
+)
+
+from .attention import split_heads
+
+
+class Anchors(NamedTuple):
+    """Heatmaps `[B, heads, N, h*w]`, masked and not renormalised, and what they pool, `[B, N, D]`, not normalised."""
+
+    heatmaps: torch.Tensor
+    embeddings: torch.Tensor
+
+
+def pool_by_heatmaps(features: torch.Tensor, heatmaps: torch.Tensor) -> torch.Tensor:
+    """Weighted sums `[B, N, D]` of `features` `[B, h*w, D]`; of `[B, heads, N, h*w]` head i pools its slice of D."""
+    return (heatmaps @ split_heads(features, heatmaps.shape[1])).transpose(1, 2).flatten(2)
+
+
+def pool_by_masks(features: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+    """Mask-weighted means `[B, N, D]` of `features` `[B, h*w, D]` (the paper's baseline); `masks` `[B, N, h*w]`."""
+    return masks @ features / masks.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(masks.dtype).tiny)
+
+
+class HeatmapLayer(nn.Module):
+    """Self-attention of the anchor queries, then one softmax map per head and query over all positions.
+
+    `value_projection` is stored by the released weights and has no influence: heatmaps pool the memory itself, so that
+    segment embeddings stay in CLIP's space.
+    """
+
+    def __init__(self, layer_config: MaskFormerDetrConfig, num_heads: int) -> None:
+        super().__init__()
+        size, dropout = layer_config.d_model, layer_config.dropout
+        self.num_heads = num_heads
+        self.self_attn = MaskFormerDetrSelfAttention(
+            layer_config, size, layer_config.decoder_attention_heads, dropout=dropout
+        )
+        self.self_attn_layer_norm = nn.LayerNorm(size)
+        self.query_projection = nn.Linear(size, size)
+        self.key_projection = nn.Linear(size, size)
+        self.value_projection = nn.Linear(size, size)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(
+        self, queries: torch.Tensor, query_positions: torch.Tensor, memory: torch.Tensor, positions: torch.Tensor
+    ) -> torch.Tensor:
+        """Heatmaps `[B, heads, N, h*w]` of `queries` `[B, N, D]` over `memory` `[B, h*w, D]`."""
+        attended, _ = self.self_attn(queries, position_embeddings=query_positions)
+        queries = self.self_attn_layer_norm(queries + self.dropout(attended))
+        query = split_heads(self.query_projection(queries + query_positions), self.num_heads)
+        key = split_heads(self.key_projection(memory + positions), self.num_heads)
+        return self.dropout((query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5).softmax(dim=-1))
+
+
+class HeatmapDecoder(nn.Module):
+    """Anchor queries, `num_layers` ordinary decoder layers over CLIP's map, and the heatmap layer.
+
+    Args:
+        size: D, width of CLIP's joint space.
+        num_queries: N, one anchor query per proposal.
+        num_layers: K ordinary layers before the heatmap layer (paper, table 5).
+        num_heads: heads of all attentions.
+        num_heatmaps: heatmaps per query, each pooling its share of the channels (8 released, 1 in equation 3).
+        feedforward_size: hidden width of the ordinary layers.
+        dropout: everywhere.
+        attention: attention implementation.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        num_queries: int,
+        num_layers: int,
+        num_heads: int,
+        num_heatmaps: int,
+        feedforward_size: int,
+        dropout: float,
+        attention: str | None,
+    ) -> None:
+        super().__init__()
+        layer_config = MaskFormerDetrConfig(
+            d_model=size,
+            decoder_attention_heads=num_heads,
+            decoder_ffn_dim=feedforward_size,
+            dropout=dropout,
+            attention_dropout=dropout,
+            activation_dropout=dropout,
+        )
+        layer_config._attn_implementation = attention or "sdpa"
+        self.query_embedding = nn.Embedding(num_queries, size)
+        self.position_embedding = MaskFormerSinePositionEmbedding(num_position_features=size // 2, normalize=True)
+        self.layers = nn.ModuleList(MaskFormerDetrDecoderLayer(layer_config) for _ in range(num_layers))
+        self.heatmap_layer = HeatmapLayer(layer_config, num_heatmaps)
+        # stored by the released weights, without influence: it norms intermediate outputs that nothing reads
+        self.layernorm = nn.LayerNorm(size)
+
+    def forward(self, features: torch.Tensor, masks: torch.Tensor) -> Anchors:
+        """Anchors of proposals.
+
+        Args:
+            features: CLIP's map `[B, D, h, w]`, normalised.
+            masks: mask probabilities `[B, N, h, w]` on the same grid.
+        """
+        positions = self.position_embedding(features.shape, features.device, features.dtype)
+        memory, positions = features.flatten(2).transpose(1, 2), positions.flatten(2).transpose(1, 2)
+        query_positions = self.query_embedding.weight.expand(len(features), -1, -1)
+        queries = torch.zeros_like(query_positions)
+        for layer in self.layers:
+            queries = layer(queries, None, positions, query_positions, memory)
+        heatmaps = self.heatmap_layer(queries, query_positions, memory, positions) * masks.flatten(2)[:, None]
+        return Anchors(heatmaps, pool_by_heatmaps(memory, heatmaps))
