@@ -263,6 +263,8 @@ def test_broken_files(segment, picture, tmp_path, kind):
         (np.zeros((0, 8, 3), np.uint8), ValueError, r"\[0, 8, 3\]"),
         (np.zeros((8, 8, 3), complex), ValueError, "complex"),
         (np.zeros((8, 8, 3), object), ValueError, "object"),
+        ([[np.zeros((8, 8, 3), np.uint8)] * 2], ValueError, "One picture"),
+        ([{"image": [np.zeros((8, 8, 3), np.uint8)] * 2}], ValueError, "One picture"),
     ],
 )
 def test_things_that_are_no_pictures(segment, source, error, message):
@@ -343,27 +345,23 @@ def test_vocabularies_keep_their_background(segment, picture):
     assert (segment(picture, vocabulary, background=range(len(NAMES)))["segmentation"] == 0).all()
 
 
-def test_no_object_leaves_pixels_unlabelled(picture):
+@torch.no_grad()
+def test_no_object_competes_where_asked_for(segment, picture):
     model, processor = SAN.parts()
-    segment = pipeline(TASK, model=model, processor=processor, device="cpu", output_type="map")
-    names = ["zebra"]
-    assert (segment(picture, names)["segmentation"] == 0).all()
-    text_embeds = model.encode_vocabulary(**processor(text=names, return_tensors="pt"))
-    background = model.background_embedding.data.clone()
+    embeds = model.encode_image(**processor(images=picture, return_tensors="pt")).mask_embeds[0]
+    usual = torch.nn.functional.normalize(embeds.mean(dim=0), dim=-1)
+    kept = model.background_embedding.clone()
+    results = {}
     try:
-        # as like the pictures as the only class is: where "no object" is likelier, pixels are unlabelled
-        model.background_embedding.data.copy_(text_embeds * 1.0)
-        tie = segment(picture, names, background="no_object")
-        assert tie["scores"][0] == pytest.approx(0.5, abs=1e-4)
-        model.background_embedding.data.copy_(-text_embeds)
-        opposed = segment(picture, names, background="no_object")
-        model.background_embedding.data.copy_(text_embeds)
-        shares = {name: (result["segmentation"] == -1).mean() for name, result in (("tie", tie), ("opposed", opposed))}
+        for name, embedding in (("like the masks", usual), ("unlike", -usual)):
+            model.background_embedding.copy_(embedding[None])
+            results[name] = segment(picture, ["zebra", "ape"], background="no_object")
+            assert (segment(picture, ["zebra", "ape"])["segmentation"] >= 0).all()
     finally:
-        model.background_embedding.data.copy_(background)
-    assert shares["tie"] == 0
-    assert 0 <= shares["opposed"] <= 1
-    assert opposed["labels"] == names
+        model.background_embedding.copy_(kept)
+    assert (results["like the masks"]["segmentation"] == -1).all()
+    assert results["like the masks"]["scores"] == [0, 0]
+    assert (results["unlike"]["segmentation"] >= 0).all()
 
 
 # ---------------------------------------------------------------------- options
@@ -410,6 +408,17 @@ def test_options_at_construction_hold_until_overridden(picture):
     assert segment(picture, threshold=None)["labels"] == ["car", "sky"]
     assert (segment(picture, threshold=None, candidate_labels=["tree"])["segmentation"] == 0).all()
     assert (segment(picture)["segmentation"] == -1).all()
+
+
+def test_changed_templates_are_seen(segment, picture):
+    before = segment(picture, return_confidence=True)["confidence"]
+    templates = segment.processor.prompt_templates
+    try:
+        segment.processor.prompt_templates = ["not a {}"]
+        assert not np.allclose(segment(picture, return_confidence=True)["confidence"], before)
+    finally:
+        segment.processor.prompt_templates = templates
+    np.testing.assert_array_equal(segment(picture, return_confidence=True)["confidence"], before)
 
 
 def test_changed_weights_are_seen(segment, picture):

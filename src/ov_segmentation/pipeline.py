@@ -218,11 +218,12 @@ class OpenVocabularySegmentationPipeline(Pipeline):
 
     # ------------------------------------------------------------------ text
 
-    def _tokenize(self, vocabulary: Vocabulary) -> BatchFeature:
+    def _tokenize(self, vocabulary: Vocabulary, templates: tuple[str, ...]) -> BatchFeature:
+        """`templates`: the processor's own, so that the cache notices when they are changed."""
         return self.processor(text=vocabulary, return_tensors="pt")
 
     def _embed(self, vocabulary: Vocabulary) -> torch.Tensor:
-        return self.model.encode_vocabulary(**self._tokens(vocabulary))
+        return self.model.encode_vocabulary(**self._tokens(vocabulary, tuple(self.processor.prompt_templates)))
 
     # ------------------------------------------------------------------ saving
 

@@ -51,7 +51,12 @@ class Preparation:
                 )
             item, candidate_labels = item[PICTURE_KEY], item.get(LABELS_KEY)
         picture = open_picture(item, self.timeout) if isinstance(item, (str, os.PathLike)) else item
-        return Prepared(dict(self.image_processor(picture, return_tensors="pt")), candidate_labels)
+        inputs = dict(self.image_processor(picture, return_tensors="pt"))
+        if len(inputs["pixel_values"]) != 1:
+            raise ValueError(
+                f"One picture is needed at each place of a list, got {len(inputs['pixel_values'])} at one."
+            )
+        return Prepared(inputs, candidate_labels)
 
 
 class _PreparedDataset(Dataset):
