@@ -29,7 +29,8 @@ class LabelMap:
     Args:
         index: `[H, W]` int64, the class of the highest score, the lowest index where several share it; 0 where all
             scores are 0.
-        best: `[H, W]`, its score.
+        best: `[H, W]`, its score; where only one class can win and neither `total` nor `scores` is wanted, a lower
+            bound of it.
         total: `[H, W]`, the sum of all classes' scores, or None.
         scores: `[K, H, W]`, or None.
     """
@@ -67,6 +68,9 @@ def draw_label_map(field: Field, size: tuple[int, int], with_total: bool, with_s
         promising = (window.high * (1 + _SLACK) >= window.low.max()) & (window.high > 0)
         classes = every_class if with_scores else every_class[promising]
         if not len(classes):
+            continue
+        if len(classes) == 1 and not (with_total or with_scores) and window.low[classes] > 0:
+            result.index[tile], result.best[tile] = classes, window.low[classes]
             continue
         scores = resize(window.scores(classes), rows, columns)
         best, winner = scores.max(-1)

@@ -6,6 +6,7 @@ rectangle of it. Fields of both families, and of several sliding views, look ali
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
@@ -42,9 +43,16 @@ class Field(Protocol):
         ...
 
 
-def _extremes(maps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _bounds(maps: torch.Tensor, activation: Activation | None) -> torch.Tensor:
+    """`[2, C]`: what each channel of `maps` `[h, w, C]`, interpolated and activated, is never below and never above."""
     # rows first: several times faster than both axes at once
-    return maps.amin(0).amin(0), maps.amax(0).amax(0)
+    bounds = torch.stack([maps.amin(0).amin(0), maps.amax(0).amax(0)])
+    if activation is None:
+        return bounds
+    # interpolation rounds, and activations may have steps
+    margin = 1e-5 * bounds.abs().clamp(min=1)
+    margin[0] *= -1
+    return activation(bounds + margin)
 
 
 class MaskField:
@@ -79,11 +87,19 @@ class MaskField:
             spans.append(step.window(*spans[-1]))
         (top, bottom), (left, right) = spans.pop()
         maps = self.logits[top:bottom, left:right]
-        for step in self.steps:
+        # bounds come from the maps that the last of several interpolations starts from: it is often the largest, and
+        # not needed where they decide
+        for step in self.steps[: max(1, len(self.steps) - 1)]:
             maps = step(maps, *spans.pop())
-        masks = self.activation(maps)
-        low, high = torch.stack(_extremes(masks)) @ self.weights
-        return Window(low, high, lambda classes: masks @ self.weights[:, classes], lambda: masks @ self.total_weights)
+        low, high = _bounds(maps, self.activation) @ self.weights
+
+        @functools.cache
+        def masks() -> torch.Tensor:
+            return self.activation(self.steps[-1](maps, *spans[0]) if len(self.steps) > 1 else maps)
+
+        return Window(
+            low, high, lambda classes: masks() @ self.weights[:, classes], lambda: masks() @ self.total_weights
+        )
 
 
 class ClassField:
@@ -113,22 +129,22 @@ class ClassField:
         """Look at one rectangle."""
         (top, bottom), (left, right) = self.resize.window(rows, columns)
         source = (slice(top, bottom), slice(left, right))
-        low, high = (self._finish(extreme, slice(None)) for extreme in _extremes(self.maps[source]))
+        low, high = self._keep(_bounds(self.maps[source], self.activation), slice(None))
 
         def scores(classes: torch.Tensor) -> torch.Tensor:
-            return self._finish(self.resize(self.maps[source][..., classes], rows, columns), classes)
+            maps = self.resize(self.maps[source][..., classes], rows, columns)
+            return self._keep(maps if self.activation is None else self.activation(maps), classes)
 
         def total() -> torch.Tensor:
             if self.activation is not None:
                 return scores(torch.arange(self.num_classes, device=self.device)).sum(-1)
             if self.summed is None:  # interpolation is linear: the sum of the maps is enough
-                self.summed = self._finish(self.maps, slice(None)).sum(-1, keepdim=True)
+                self.summed = self._keep(self.maps, slice(None)).sum(-1, keepdim=True)
             return self.resize(self.summed[source], rows, columns)[..., 0]
 
         return Window(low, high, scores, total)
 
-    def _finish(self, maps: torch.Tensor, classes: torch.Tensor | slice) -> torch.Tensor:
-        scores = maps if self.activation is None else self.activation(maps)
+    def _keep(self, scores: torch.Tensor, classes: torch.Tensor | slice) -> torch.Tensor:
         return scores if self.kept is None else scores * self.kept[classes]
 
 
