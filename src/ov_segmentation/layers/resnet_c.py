@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.nn.functional import batch_norm
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -28,9 +29,7 @@ class FrozenBatchNorm(nn.Module):
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """`[B, C, h, w]` to the same shape."""
-        scale = self.weight * (self.running_var + self.eps).rsqrt()
-        shift = self.bias - self.running_mean * scale
-        return features * scale[:, None, None] + shift[:, None, None]
+        return batch_norm(features, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
 
     @torch.no_grad()
     def reset(self) -> None:
