@@ -1,8 +1,8 @@
 """The ledger: what a line holds, concurrent writers, broken files."""
 
 import json
+import multiprocessing
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -93,18 +93,20 @@ def test_a_broken_line_is_named(tmp_path, broken):
         ledger.read(path)
 
 
-WRITER = """
-import sys
-from ov_segmentation import ledger
-for index in range(20):
-    ledger.append(sys.argv[1], command="x" * 20000, seed=index, seconds=0, figures={}, writer=sys.argv[2], machine="m")
-"""
+def write_many(path, writer):
+    for index in range(20):
+        ledger.append(path, command="x" * 20000, seed=index, seconds=0, figures={}, writer=writer, machine="m", code={})
 
 
 def test_writers_at_the_same_time_do_not_mix(tmp_path):
     path = tmp_path / "x.jsonl"
-    writers = [subprocess.Popen([sys.executable, "-c", WRITER, str(path), str(index)]) for index in range(2)]
-    assert [writer.wait(timeout=120) for writer in writers] == [0, 0]
+    fork = multiprocessing.get_context("fork")
+    writers = [fork.Process(target=write_many, args=(path, str(index))) for index in range(4)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join(timeout=60)
+    assert [writer.exitcode for writer in writers] == [0] * 4
     entries = ledger.read(path)
-    assert sorted((entry["writer"], entry["seed"]) for entry in entries) == [(w, s) for w in "01" for s in range(20)]
+    assert sorted((entry["writer"], entry["seed"]) for entry in entries) == [(w, s) for w in "0123" for s in range(20)]
     assert {len(entry["command"]) for entry in entries} == {20000}

@@ -26,21 +26,25 @@ print(json.dumps([time.perf_counter() - start, sorted(set(sys.modules) - before)
 
 
 def import_once():
+    """Seconds, and the modules it loads, of a fresh process's `import ov_segmentation`."""
     done = subprocess.run([sys.executable, "-c", MEASURE], cwd=ROOT / "src", capture_output=True, text=True, check=True)
     return json.loads(done.stdout)
 
 
-def test_import_costs_half_a_second():
-    seconds = []
-    while len(seconds) < 3:  # the best of three: other processes share the machine
+@pytest.fixture(scope="module")
+def first_import():
+    return import_once()
+
+
+def test_import_costs_half_a_second(first_import):
+    seconds = [first_import[0]]
+    while min(seconds) > 0.5 and len(seconds) < 3:  # the best of three: other processes share the machine
         seconds.append(import_once()[0])
-        if seconds[-1] <= 0.5:
-            break
     assert min(seconds) <= 0.5, seconds
 
 
-def test_import_loads_no_model_and_no_training():
-    loaded = import_once()[1]
+def test_import_loads_no_model_and_no_training(first_import):
+    loaded = first_import[1]
     assert "ov_segmentation.auto" in loaded
     late = r"(^|\.)modeling_(?!outputs$|auto$)|^(accelerate|datasets|evaluate|scipy|tensorboard|pandas|pyarrow)$"
     assert [name for name in loaded if re.search(late, name)] == []
