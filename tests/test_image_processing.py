@@ -289,6 +289,7 @@ def test_no_picture_at_all(tmp_path):
         raw("missing.jpg")
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("limit", [90, 40])  # PIL itself only warns up to twice its limit
 def test_decompression_bomb(limit, tmp_path, monkeypatch):
     (tmp_path / "bomb.png").write_bytes(as_file(PIL.Image.fromarray(noise(10, 10))))
