@@ -4,8 +4,6 @@ Early convolutions let a small ViT learn from little data (Xiao et al., "Early C
 Better", 2021); with a patch embedding alone, shape is learnt several times later. Weights from the Hub never need it.
 """
 
-from __future__ import annotations
-
 import os
 from typing import Any
 

@@ -3,8 +3,6 @@
 It is what SED is built on (the original: OpenCLIP's ConvNeXt, Liu et al., "A ConvNet for the 2020s", 2022).
 """
 
-from __future__ import annotations
-
 import math
 import os
 from typing import Any
