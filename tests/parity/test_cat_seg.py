@@ -18,7 +18,8 @@ from ov_segmentation.layers.clip_vision import clip_position_embedding, embed_pa
 from ov_segmentation.layers.correlation import correlation, strongest_classes
 from ov_segmentation.layers.dense_clip import value_path
 from ov_segmentation.layers.linear_attention import add_pooled, pool_positions
-from ov_segmentation.layers.sliding_window import cut_views, pad_to_multiple, resize, split_pictures, squared
+from ov_segmentation.layers.picture_stretching import stretch_pictures
+from ov_segmentation.layers.sliding_window import cut_views, resize, split_pictures
 from ov_segmentation.models.cat_seg.convert_cat_seg import RULES, convert, map_keys
 from ov_segmentation.training.optimization import build_optimizer, parameter_settings
 from ov_segmentation.training.recipe import load_recipe
@@ -112,9 +113,14 @@ class CATSegCase(Case):
             cut = cut_views(pictures, canvas, config.window_pixels, config.window_stride, config.global_view)
             views = resize(cut, (side, side))
         else:
-            padded = torch.cat([pad_to_multiple(picture, config.pad_multiple) for picture in pictures])
-            yield "preprocess/normalised_padded_to_32", padded
-            views = squared(pictures, side, config.pad_multiple)
+            sizes, multiple = batch["reshaped_input_sizes"], config.pad_multiple
+            padded = [-(-length // multiple) * multiple for length in sizes[0].tolist()]
+            if len(pictures) == 1:  # padded, but stretched to the size that it has
+                yield (
+                    "preprocess/normalised_padded_to_32",
+                    stretch_pictures(batch["pixel_values"], sizes, padded, multiple),
+                )
+            views = stretch_pictures(batch["pixel_values"], sizes, (side, side), multiple)
         yield "visual/model_input", views
         vision = self.clip.vision_model
         hidden, grid = embed_patches(vision, recorded("visual/model_input", views))

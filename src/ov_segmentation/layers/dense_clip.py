@@ -36,7 +36,12 @@ def value_path(layer: nn.Module, hidden: torch.Tensor, residual: str) -> torch.T
     Args:
         residual: "cls" adds the class token's input to every token (CAT-Seg's release), "token" each token's own.
     """
-    values = layer.self_attn.out_proj(layer.self_attn.v_proj(layer.layer_norm1(hidden)))
+    attention = layer.self_attn
+    values = attention.out_proj(attention.v_proj(layer.layer_norm1(hidden)))
+    if torch.is_grad_enabled():
+        # queries and keys play no role, but some are trained: a gradient of zero keeps them in step in every process
+        unread = [p for part in (attention.q_proj, attention.k_proj) for p in part.parameters() if p.requires_grad]
+        values = values + sum(parameter.sum() * 0 for parameter in unread)
     return values + (hidden[:, :1] if residual == "cls" else hidden)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .attention import attend, split_heads
 from .guided import guided_linear
@@ -92,7 +93,7 @@ class GuidedWindowAttention(nn.Module):
         return split_heads(windows.flatten(0, 2), self.num_heads)
 
 
-class GuidedSwinBlock(nn.Module):
+class GuidedSwinBlock(GradientCheckpointingLayer):
     """Pre-norm transformer block over windows, with a GELU MLP."""
 
     def __init__(

@@ -27,22 +27,6 @@ def split_pictures(pixel_values: torch.Tensor, sizes: torch.Tensor) -> list[torc
     ]
 
 
-def pad_to_multiple(picture: torch.Tensor, multiple: int) -> torch.Tensor:
-    """`[..., h, w]` with zeros right and bottom, height and width multiples of `multiple`."""
-    return F.pad(picture, (0, -picture.shape[-1] % multiple, 0, -picture.shape[-2] % multiple))
-
-
-def squared(pictures: Sequence[torch.Tensor], side: int, pad_multiple: int | None = None) -> torch.Tensor:
-    """Pictures `[1, 3, h, w]`, stretched to one square each: `[B, 3, side, side]`.
-
-    Args:
-        pad_multiple: pads height and width with zeros (normalised: the mean colour) to multiples of this before.
-    """
-    if pad_multiple is not None:
-        pictures = [pad_to_multiple(picture, pad_multiple) for picture in pictures]
-    return torch.cat([resize(picture, (side, side)) for picture in pictures])
-
-
 def window_offsets(length: int, window: int, stride: int) -> list[int]:
     """Where windows begin along one side; the last one ends with the canvas.
 
@@ -92,5 +76,6 @@ def cut_views(
     views = canvas[:, :, rows][..., columns]  # [B, 3, windows down, window, windows across, window]
     views = views.permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
     if global_view:
-        views = torch.cat([views, squared(pictures, window)[:, None]], dim=1)
+        whole = torch.cat([resize(picture, (window, window)) for picture in pictures])
+        views = torch.cat([views, whole[:, None]], dim=1)
     return views.flatten(0, 1)

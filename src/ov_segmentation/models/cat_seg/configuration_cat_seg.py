@@ -122,3 +122,16 @@ class CATSegConfig(OpenVocabularySegmentationConfig):
         widths = (self.hidden_size, self.decoder_sizes[0])
         if any(skip >= width for skip, width in zip(self.skip_sizes, widths, strict=True)):
             raise ValueError(f"skip_sizes {list(self.skip_sizes)} must be smaller than the features' {list(widths)}.")
+
+    def validate_limits(self) -> None:
+        """Check counts (called by `strict` on construction)."""
+        for name in ("class_attention_pooling", "train_class_attention_pooling"):
+            if not 1 <= getattr(self, name) <= self.grid_size:
+                raise ValueError(f"{name} must be 1 (none) to {self.grid_size}, got {getattr(self, name)}.")
+        for name in ("max_classes", "class_chunk_size", "crop_batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, or None for no limit, got {value}.")
+
+
+__all__ = ["CATSegConfig"]

@@ -17,8 +17,9 @@ from ...layers.dense_clip import dense_clip_features
 from ...layers.guided_swin import GuidedSwinPair
 from ...layers.initialization import init_torch_defaults
 from ...layers.linear_attention import ClassAttention, ClassSums, add_pooled, pool_positions, repeated
+from ...layers.picture_stretching import stretch_pictures
 from ...layers.projected_skip import ProjectedSkip
-from ...layers.sliding_window import cut_views, resize, split_pictures, squared, view_boxes
+from ...layers.sliding_window import cut_views, resize, split_pictures, view_boxes
 from ...layers.upsampling import GuidedUpsampling
 from ...losses_per_class import per_class_cross_entropy
 from ...modeling_base import FROM_CONFIG, OpenVocabularySegmentationModel
@@ -107,7 +108,6 @@ class CATSegForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
     """CAT-Seg (Cho et al., CVPR 2024): one logit map per class from aggregated image-text cosines."""
 
     config: CATSegConfig
-    config_class = CATSegConfig
     keeps_prompts = True
     switches = frozenset({"max_classes", "class_attention_pooling", "class_chunk_size"})
     picture_switches = frozenset({"sliding_window", "crop_batch_size"})
@@ -154,6 +154,7 @@ class CATSegForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
         """Train CLIP as `config.clip_finetune` says, and everything else."""
         mode = self.config.clip_finetune
         self.requires_grad_(True)
+        self.clip.logit_scale.requires_grad_(False)  # the cost map is a plain cosine
         if mode == "all":
             return
         self.clip.requires_grad_(False)
@@ -187,17 +188,20 @@ class CATSegForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
         **unused: Any,
     ) -> CATSegImageState:
         config = self.config
-        pictures = split_pictures(pixel_values, reshaped_input_sizes)
+        if crop_batch_size is not None and crop_batch_size < 1:
+            raise ValueError(f"crop_batch_size must be at least 1 or None, got {crop_batch_size}.")
+        square = (config.image_size, config.image_size)
         if not sliding_window:
             boxes, canvas_size = None, None
-            views = squared(pictures, config.image_size, config.pad_multiple)
+            views = stretch_pictures(pixel_values, reshaped_input_sizes, square, config.pad_multiple)
         elif for_training:
             raise ValueError("A loss is taken on whole pictures: pass sliding_window=False together with labels.")
         else:
             canvas_size = (config.canvas_pixels, config.canvas_pixels)
             windows = (config.window_pixels, config.window_stride, config.global_view)
             boxes = view_boxes(canvas_size, *windows)
-            views = resize(cut_views(pictures, canvas_size, *windows), (config.image_size, config.image_size))
+            pictures = split_pictures(pixel_values, reshaped_input_sizes)
+            views = resize(cut_views(pictures, canvas_size, *windows), square)
         parts = [
             dense_clip_features(self.clip, chunk, config.skip_layers, config.dense_residual, output_attentions)
             for chunk in views.split(crop_batch_size or len(views))
@@ -320,7 +324,7 @@ class CATSegForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
         for name, value in (("max_classes", max_classes), ("class_chunk_size", chunk_size)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1 or None, got {value}.")
-        if not 1 <= pooling <= min(grid):
+        if pooling is None or not 1 <= pooling <= min(grid):
             raise ValueError(f"class_attention_pooling must be between 1 (none) and {min(grid)}, got {pooling}.")
 
 
@@ -329,3 +333,6 @@ def _row_slices(rows: int, num_classes: int, chunk_size: int | None) -> Iterator
     at_once = max(1, chunk_size // num_classes) if chunk_size else rows
     for start in range(0, rows, at_once):
         yield slice(start, start + at_once)
+
+
+__all__ = ["CATSegForOpenVocabularySegmentation", "CATSegImageState"]
