@@ -41,7 +41,6 @@ class ConversionTesterMixin:
         method: model type.
         case: folder of a fixture below `tests/fixtures`.
         manifests: folder of the `keys_full_*.json` below `tests/fixtures`, and the names that this method converts.
-        other: a checkpoint of another method, below `tests/fixtures`.
         partial_variants: variants that fill a part of the model.
     """
 
@@ -163,10 +162,14 @@ class ConversionTesterMixin:
         with pytest.raises(ConversionError, match=r"page\.pth"):
             self.convert(tmp_path / "page.pth")
 
-    def test_another_method_is_an_error(self, tmp_path: Path) -> None:
-        stranger = {f"backbone.layer{i}.weight": torch.zeros(2, 2) for i in range(3)}
-        with pytest.raises(ConversionError, match=r"backbone\.layer0\.weight"):
-            self.convert(self.saved(stranger, tmp_path / "other.pth"))
+    def test_another_method_is_an_error(self) -> None:
+        mine = FIXTURES / Path(self.case).parts[0]
+        strangers = [path for path in FIXTURES.glob("*/*/original.pth") if mine not in path.parents]
+        assert strangers
+        for stranger in strangers:
+            with pytest.raises(ConversionError, match="another method") as caught:
+                self.convert(stranger)
+            assert caught.value.keys
 
     def test_another_variant_is_an_error(self) -> None:
         with pytest.raises(ConversionError, match="variant"), torch.device("meta"):

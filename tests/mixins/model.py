@@ -31,7 +31,7 @@ class ModelTesterMixin:
         odd_sizes: other sizes that have to work.
         wrong_values: config field -> a value of a wrong type.
         prompts: P of the embeddings, where the method keeps its prompts.
-        ignored_gradients: patterns of trained parameters that a step may leave without gradient, with reasons.
+        num_classes: K where a test does not say otherwise.
     """
 
     name: ClassVar[str]
