@@ -1,7 +1,5 @@
 """Configurations of MaskFormer's proposal network and of ResNet-c, without the weight of their models' imports."""
 
-from __future__ import annotations
-
 from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
