@@ -283,7 +283,7 @@ class TestCATSeg(ModelTesterMixin, FromCLIPTesterMixin):
             ({"skip_layers": (0, 3)}, "below the last"),
             ({"skip_layers": [0]}, "two blocks"),
             ({"num_attention_heads": 5}, "no multiple"),
-            ({"decoder_sizes": (32, 8)}, "multiples of 16"),
+            ({"decoder_sizes": (32, 8)}, "groups of about 16"),
             ({"skip_sizes": (32, 4)}, "smaller"),
             ({"skip_upsampled_sizes": [8, 4, 2]}, "two numbers"),
             ({"max_classes": 0}, "max_classes"),

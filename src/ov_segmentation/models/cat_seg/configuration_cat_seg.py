@@ -34,7 +34,7 @@ class CATSegConfig(OpenVocabularySegmentationConfig):
         text_guidance_size: channels of the projected text embedding that guides the class aggregation.
         skip_upsampled_sizes: channels of the two skips after their transposed convolutions (x 2 and x 4).
         skip_sizes: channels of the two skips as the decoder sees them.
-        decoder_sizes: channels of the two decoder stages, multiples of 16.
+        decoder_sizes: channels of the two decoder stages, which are normalised in groups of 16.
         padding_length: the class aggregation sees at least this many classes; learned padding fills up.
         max_classes: classes that are aggregated per picture or view, those with the highest cosine anywhere; the others
             are rejected. None: all.
@@ -117,8 +117,8 @@ class CATSegConfig(OpenVocabularySegmentationConfig):
         for name in ("skip_upsampled_sizes", "skip_sizes", "decoder_sizes"):
             if len(getattr(self, name)) != 2:
                 raise ValueError(f"{name} {list(getattr(self, name))} must hold two numbers, one per decoder stage.")
-        if any(size % 16 or not size for size in self.decoder_sizes):
-            raise ValueError(f"decoder_sizes {list(self.decoder_sizes)} must be multiples of 16.")
+        if any(size < 16 or size % (size // 16) for size in self.decoder_sizes):
+            raise ValueError(f"decoder_sizes {list(self.decoder_sizes)} must divide into groups of about 16 channels.")
         widths = (self.hidden_size, self.decoder_sizes[0])
         if any(skip >= width for skip, width in zip(self.skip_sizes, widths, strict=True)):
             raise ValueError(f"skip_sizes {list(self.skip_sizes)} must be smaller than the features' {list(widths)}.")
