@@ -15,10 +15,12 @@ from transformers import CLIPConfig, CLIPModel
 from conversion.convert_sed import VARIANTS
 from ov_segmentation.conversion import ConversionError
 from ov_segmentation.layers.convnext_clip import ConvNextCLIPConfig, ConvNextCLIPModel
+from ov_segmentation.models.sed.blocks import LargeKernelBlock
+from ov_segmentation.models.sed.chunks import best_classes
 from ov_segmentation.models.sed.configuration_sed import SEDConfig
-from ov_segmentation.models.sed.decoder import LargeKernelBlock, best_classes
+from ov_segmentation.models.sed.decoder import REJECTED
 from ov_segmentation.models.sed.image_processing_sed import SEDImageProcessor
-from ov_segmentation.models.sed.modeling_sed import REJECTED, SEDForOpenVocabularySegmentation
+from ov_segmentation.models.sed.modeling_sed import SEDForOpenVocabularySegmentation
 from tests.mixins.model import ModelTesterMixin
 from tests.tiny import TOKENIZER, random_embeddings, tiny_clip_config, tiny_pictures
 
@@ -139,7 +141,7 @@ class TestSED(ModelTesterMixin):
 
     def test_auxiliary_heads_train_nothing_but_themselves(self) -> None:
         with_heads, without = (self.gradients(self.model(auxiliary_loss_weight=w).train()) for w in (1.0, 0.0))
-        heads = {"cost_embedding.head.conv", "decoder.0.head.conv", "decoder.1.head.conv"}
+        heads = {"decoder.cost_embedding.head.conv", "decoder.layers.0.head.conv", "decoder.layers.1.head.conv"}
         assert {name.rsplit(".", 1)[0] for name in set(with_heads) - set(without)} == heads
         for name, gradient in without.items():
             torch.testing.assert_close(with_heads[name], gradient, msg=name)
@@ -272,11 +274,8 @@ class TestSED(ModelTesterMixin):
         """Nothing larger than a chunk goes through a layer, and 847 classes work."""
         model = self.model(class_chunk_size=50)
         sizes: list[int] = []
-        hooks = [
-            m.register_forward_pre_hook(lambda m, args: sizes.append(len(args[0])))
-            for m in model.decoder.modules()
-            if isinstance(m, LargeKernelBlock)
-        ]
+        for layer in model.decoder.layers:
+            layer.spatial.register_forward_pre_hook(lambda block, args: sizes.append(len(args[0])))
         outputs = model(**self.pictures(), text_embeds=self.text(model, 847))
         assert outputs.logits.shape[:2] == (1, 847)
         assert max(sizes) == 50

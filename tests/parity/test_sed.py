@@ -19,9 +19,9 @@ from ov_segmentation.layers.linear_attention import add_pooled, pool_positions
 from ov_segmentation.layers.sliding_window import resize
 from ov_segmentation.losses_per_class import per_class_cross_entropy
 from ov_segmentation.modeling_outputs import OpenVocabularySegmentationOutput
+from ov_segmentation.models.sed.chunks import best_classes
 from ov_segmentation.models.sed.convert_sed import convert, key_rules, map_keys
-from ov_segmentation.models.sed.decoder import best_classes
-from ov_segmentation.models.sed.modeling_sed import REJECTED
+from ov_segmentation.models.sed.decoder import REJECTED
 from ov_segmentation.training.optimization import build_optimizer, parameter_settings
 from ov_segmentation.training.recipe import load_recipe
 
@@ -136,14 +136,14 @@ class SEDCase(Case):
 
     def cost_guidance(self, index: int) -> torch.Tensor:
         below = self.expected[f"guidance/cost_{index - 1}"] if index else self.cost_maps()
-        return channels_first(self.model.decoder[index].cost_guidance(channels_last(below)))
+        return channels_first(self.model.decoder.layers[index].cost_guidance(channels_last(below)))
 
     def cost_maps(self) -> torch.Tensor:
         """The recorded cost map `[T, P, h, w]`."""
         return self.expected["cost/corr"][0].transpose(0, 1)
 
     def embedded_costs(self) -> torch.Tensor:
-        return channels_first(self.model.cost_embedding(self.cost_maps())).transpose(0, 1)[None]
+        return channels_first(self.model.decoder.cost_embedding(channels_last(self.cost_maps()))).transpose(0, 1)[None]
 
     # ---------------------------------------------------------------- decoder
 
@@ -166,14 +166,14 @@ class SEDCase(Case):
         return channels_last(maps[survivors])
 
     def spatial(self, run: str, layer: int) -> torch.Tensor:
-        return self.model.decoder[layer].spatial(self.layer_input(run, layer))
+        return self.model.decoder.layers[layer].spatial(self.layer_input(run, layer))
 
     def class_fusion(self, run: str, layer: int) -> torch.Tensor:
         """`[1, C, T, h, w]` from the recorded spatial aggregation, or from the layer's input where there is none."""
         recorded = self.expected.get(f"{run}/decoder{layer + 1}/spatial_fusion")
         maps = self.spatial(run, layer) if recorded is None else channels_last(recorded)
         pooling = self.config.train_class_attention_pooling if run == "full_pool_train" else 1
-        attention, tokens = self.model.decoder[layer].class_attention, pool_positions(maps, pooling)
+        attention, tokens = self.model.decoder.layers[layer].class_attention, pool_positions(maps, pooling)
         tokens = attention(tokens, [len(maps)], attention.class_sums(tokens, [len(maps)]))
         return channels_first(add_pooled(maps, tokens, pooling)).transpose(0, 1)[None]
 
@@ -182,7 +182,7 @@ class SEDCase(Case):
         return self.expected[f"{run}/decoder{layer + 1}/class_fusion"][0].permute(1, 2, 3, 0)
 
     def upsampled(self, run: str, layer: int) -> torch.Tensor:
-        return self.model.decoder[layer].upsampling.up(channels_first(self.fused(run, layer)))
+        return self.model.decoder.layers[layer].upsampling.up(channels_first(self.fused(run, layer)))
 
     def concatenated(self, run: str, layer: int) -> torch.Tensor:
         image, cost = (self.expected[f"guidance/{name}_{layer}"] for name in ("image", "cost"))
@@ -192,26 +192,27 @@ class SEDCase(Case):
     def layer_output(self, run: str, layer: int) -> torch.Tensor:
         image, cost = (self.expected[f"guidance/{name}_{layer}"] for name in ("image", "cost"))
         cost = channels_last(cost[self.alive(run, layer)])
-        features = self.fused(run, layer)
-        return channels_first(self.model.decoder[layer].upsampling(features, [len(features)], image, cost))
+        features, upsampling = self.fused(run, layer), self.model.decoder.layers[layer].upsampling
+        prepared = upsampling.prepare(tuple(image.shape[-2:]), image)
+        return channels_first(upsampling(features, [len(features)], prepared, cost))
 
     def head(self, run: str, which: str) -> torch.Tensor:
         """Logits `[1, T, h, w]` from the recorded features below the head; end to end where there are none."""
-        layer = len(self.model.decoder) - 1 if which == "main" else int(which[-1]) - 1
+        layer = len(self.model.decoder.layers) - 1 if which == "main" else int(which[-1]) - 1
         if layer < 0:
-            return self.model.cost_embedding.head(channels_last(self.expected["cost/corr_embed"][0].transpose(0, 1)))[
-                None
-            ]
+            return self.model.decoder.cost_embedding.head(
+                channels_last(self.expected["cost/corr_embed"][0].transpose(0, 1))
+            )[None]
         recorded = self.expected.get(f"{run}/decoder{layer + 1}/output")
         if recorded is None:
             return self.logits(run, which)
-        return self.model.decoder[layer].head(channels_last(recorded))[None]
+        return self.model.decoder.layers[layer].head(channels_last(recorded))[None]
 
     def logits(self, run: str, which: str) -> torch.Tensor:
         """Logits of the classes that are alive, from a run of the whole model."""
         outputs = self.run(run)
         maps = outputs.logits if which == "main" else outputs.maps[f"auxiliary_logits_{which[-1]}"]
-        point = len(self.model.decoder) - 1 if which == "main" else int(which[-1]) - 1
+        point = len(self.model.decoder.layers) - 1 if which == "main" else int(which[-1]) - 1
         return maps[:, self.alive(run, point)]
 
     def kept(self, run: str, point: int) -> torch.Tensor:
@@ -224,7 +225,7 @@ class SEDCase(Case):
     def all_logits(self, run: str) -> tuple[torch.Tensor, torch.Tensor]:
         """Recorded logits `[1, T, h, w]` with rejected classes filled in, and `kept_classes` `[1, T]`."""
         logits = self.expected[f"{run}/logits/main"]
-        alive = self.alive(run, len(self.model.decoder) - 1)
+        alive = self.alive(run, len(self.model.decoder.layers) - 1)
         num_classes = self.expected["cost/corr"].shape[2]
         full = logits.new_full((1, num_classes, *logits.shape[2:]), REJECTED).index_copy(1, alive, logits)
         return full, torch.zeros(1, num_classes, dtype=torch.bool).index_fill(1, alive, True)

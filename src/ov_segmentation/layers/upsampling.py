@@ -14,13 +14,28 @@ Results differ from the plain order by rounding only.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from .pieces import in_pieces
+
 CHANNELS_PER_GROUP = 16
+
+
+class PreparedUpsampling(NamedTuple):
+    """What a block computes once for all classes.
+
+    Args:
+        combined: `[C, out_channels, 4, 4]`, both convolutions in one.
+        shared: `[1 or B, out_channels, 2h, 2w]`, from biases and image guidance.
+    """
+
+    combined: torch.Tensor
+    shared: torch.Tensor
 
 
 class GuidedUpsampling(GradientCheckpointingLayer):
@@ -45,11 +60,28 @@ class GuidedUpsampling(GradientCheckpointingLayer):
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
         self.norm2 = nn.GroupNorm(out_channels // CHANNELS_PER_GROUP, out_channels)
 
+    def prepare(self, size: tuple[int, int], image_guidance: torch.Tensor | None) -> PreparedUpsampling:
+        """What does not depend on the classes: once for a call or several.
+
+        Args:
+            size: (2h, 2w), of the output.
+            image_guidance: `[B, image_channels, 2h, 2w]`.
+        """
+        of_up, of_image, _ = self.conv1.weight.split(self.splits, dim=1)
+        # [in, out, 4, 4]: what an impulse becomes under the 2 x 2 and then the 3 x 3 convolution
+        combined = F.conv2d(self.up.weight, of_up, padding=2)
+        # the bias between the two is a constant map, which the second one pads with zeros
+        of_bias = torch.einsum("oukl,u->okl", of_up, self.up.bias)[:, None]
+        shared = F.conv2d(of_bias.new_ones(1, 1, *size), of_bias, padding=1)
+        if image_guidance is not None:
+            shared = shared + F.conv2d(image_guidance, of_image, padding=1)
+        return PreparedUpsampling(combined, shared.contiguous(memory_format=torch.channels_last))
+
     def forward(
         self,
         features: torch.Tensor,
         counts: Sequence[int],
-        image_guidance: torch.Tensor | None = None,
+        prepared: PreparedUpsampling,
         class_guidance: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Upsample maps of N (picture, class) pairs.
@@ -57,34 +89,27 @@ class GuidedUpsampling(GradientCheckpointingLayer):
         Args:
             features: `[N, h, w, C]`.
             counts: of each picture in the batch, how many of the N are its classes.
-            image_guidance: `[B, image_channels, 2h, 2w]`.
+            prepared: from `prepare`.
             class_guidance: `[N, 2h, 2w, class_channels]`.
         """
-        of_up, of_image, of_class = self.conv1.weight.split(self.splits, dim=1)
-        # [in, out, 4, 4]: what an impulse becomes under the 2 x 2 and then the 3 x 3 convolution
-        combined = F.conv2d(self.up.weight, of_up, padding=2)
-        mixed = F.conv_transpose2d(features.permute(0, 3, 1, 2), combined, stride=2, padding=1)
-        shared = self._shared(features.shape[1:3], of_up, of_image, image_guidance)
+        shared = prepared.shared
+        elements = 4 * features.shape[1] * features.shape[2] * self.conv1.out_channels
         if len(shared) == 1:
-            mixed = mixed + shared
-        else:
-            mixed = mixed + shared.repeat_interleave(torch.tensor(counts, device=shared.device), dim=0)
-        if class_guidance is not None:
-            mixed = mixed + F.conv2d(class_guidance.permute(0, 3, 1, 2), of_class, padding=1)
-        hidden = F.relu(self.norm1(mixed))
-        return F.relu(self.norm2(self.conv2(hidden))).permute(0, 2, 3, 1)
+            return in_pieces(lambda f, c: self._run(prepared, f, c, shared), elements, features, class_guidance)
+        shared = shared.repeat_interleave(torch.tensor(counts, device=shared.device), dim=0)
+        return in_pieces(lambda f, c, s: self._run(prepared, f, c, s), elements, features, class_guidance, shared)
 
-    def _shared(
+    def _run(
         self,
-        size: torch.Size,
-        of_up: torch.Tensor,
-        of_image: torch.Tensor,
-        image_guidance: torch.Tensor | None,
+        prepared: PreparedUpsampling,
+        features: torch.Tensor,
+        class_guidance: torch.Tensor | None,
+        shared: torch.Tensor,
     ) -> torch.Tensor:
-        """What the first convolution makes of the transposed one's bias (not constant at the border) and of the image
-        guidance: `[1 or B, out_channels, 2h, 2w]`."""
-        height, width = 2 * size[0], 2 * size[1]
-        shared = F.conv2d(self.up.bias[None, :, None, None].expand(-1, -1, height, width), of_up, padding=1)
-        if image_guidance is None:
-            return shared
-        return shared + F.conv2d(image_guidance, of_image, padding=1)
+        mixed = F.conv_transpose2d(features.permute(0, 3, 1, 2), prepared.combined, stride=2, padding=1)
+        mixed += shared
+        if class_guidance is not None:
+            of_class = self.conv1.weight[:, -self.splits[2] :]
+            mixed += F.conv2d(class_guidance.permute(0, 3, 1, 2), of_class, padding=1)
+        hidden = F.relu(self.norm1(mixed), inplace=True)
+        return F.relu(self.norm2(self.conv2(hidden)), inplace=True).permute(0, 2, 3, 1)

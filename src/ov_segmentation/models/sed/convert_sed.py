@@ -52,7 +52,7 @@ VARIANTS = {"convnextB_768": convnext_b_768, "convnextL_768": convnext_l_768}
 
 def _layer_rules(index: int) -> Iterable[Rule]:
     """Rules of decoder layer `index` (from 0), which the original calls decoder<index + 1>."""
-    source, target = rf"{DECODER}decoder{index + 1}\.", f"decoder.{index}."
+    source, target = rf"{DECODER}decoder{index + 1}\.", f"decoder.layers.{index}."
     yield Rule(rf"{source}cnext\.(dwconv|pwconv1|pwconv2)\.{WEIGHT_OR_BIAS}", rf"{target}spatial.\1.\2")
     yield Rule(rf"{source}cnext\.norm\.{WEIGHT_OR_BIAS}", rf"{target}spatial.layernorm.\1")
     yield Rule(rf"{source}cnext\.gamma", f"{target}spatial.layer_scale_parameter")
@@ -74,11 +74,14 @@ def key_rules(config: SEDConfig) -> KeyRules:
     return KeyRules(
         [
             *convnext_clip_rules(CLIP),
-            Rule(rf"{DECODER}conv1\.{WEIGHT_OR_BIAS}", r"cost_embedding.conv.\1"),
-            Rule(rf"{DECODER}head0\.{WEIGHT_OR_BIAS}", r"cost_embedding.head.conv.\1"),
+            Rule(rf"{DECODER}conv1\.{WEIGHT_OR_BIAS}", r"decoder.cost_embedding.conv.\1"),
+            Rule(rf"{DECODER}head0\.{WEIGHT_OR_BIAS}", r"decoder.cost_embedding.head.conv.\1"),
             # head1, head2: auxiliary, after the layer of that number; head: after the last one
-            *(Rule(rf"{DECODER}head{i}\.{WEIGHT_OR_BIAS}", rf"decoder.{i - 1}.head.conv.\1") for i in range(1, layers)),
-            Rule(rf"{DECODER}head\.{WEIGHT_OR_BIAS}", rf"decoder.{layers - 1}.head.conv.\1"),
+            *(
+                Rule(rf"{DECODER}head{i}\.{WEIGHT_OR_BIAS}", rf"decoder.layers.{i - 1}.head.conv.\1")
+                for i in range(1, layers)
+            ),
+            Rule(rf"{DECODER}head\.{WEIGHT_OR_BIAS}", rf"decoder.layers.{layers - 1}.head.conv.\1"),
             Rule(rf"{DECODER}decoder_guidance_projection\.(\d)\.0\.{WEIGHT_OR_BIAS}", r"image_guidance.\1.\2"),
             *(rule for index in range(layers) for rule in _layer_rules(index)),
         ]

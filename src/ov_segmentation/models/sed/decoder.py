@@ -1,226 +1,148 @@
 """SED's gradual fusion decoder: cost embedding, three layers of aggregation and upsampling, category early rejection.
 
-Everything works on (picture, class) pairs in chunks; maps are channels last. A layer's only coupling between classes is
-the class attention, which is linear: its sums are gathered over all chunks first, so chunks change nothing.
+Everything works on (row, class) pairs in chunks; a row is a picture or a view of one. Maps are channels last. A layer's
+only coupling between classes is the class attention, which is linear: its sums are gathered over all chunks first, so
+chunks change nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import reduce
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import nn
-from torch.nn import functional as F
-from transformers.modeling_layers import GradientCheckpointingLayer
 
-from ...layers.linear_attention import ClassAttention, add_pooled, pool_positions
-from ...layers.upsampling import GuidedUpsampling
+from ...layers.correlation import correlation
+from .blocks import CostEmbedding, SEDDecoderLayer
+from .chunks import ClassChunk, best_classes, join_small, reject
 from .configuration_sed import SEDConfig
 
-COST_KERNEL_SIZE = 7
+# logit of a rejected class: finite, because interpolating -inf gives NaN
+REJECTED = -100.0
 
 
-class ClassChunk(NamedTuple):
-    """Some (picture, class) pairs on their way through the decoder, sorted by picture, then class.
+class DecoderOutput(NamedTuple):
+    """What the decoder returns for R rows and K classes; rejected classes have the logit `REJECTED`.
 
     Args:
-        features: `[n, h, w, C]`.
-        cost: `[n, h, w, G]`: cost guidance at this resolution, to begin with the cost map; None where none is used.
-        pairs: `[n]` int64, picture * K + class.
-        counts: of each picture, how many of the n are its classes.
+        logits: `[R, K, H, W]` of the last head.
+        auxiliary: logits of the heads before it, the coarsest first; empty unless they were asked for.
+        kept_classes: bool `[R, K]`; None without rejection.
     """
 
-    features: torch.Tensor
-    cost: torch.Tensor | None
-    pairs: torch.Tensor
-    counts: tuple[int, ...]
-
-    def select(self, keep: torch.Tensor) -> ClassChunk:
-        """The pairs where `keep` `[n]` is true."""
-        counts = tuple(int(part.sum()) for part in keep.split(list(self.counts)))
-        cost = None if self.cost is None else self.cost[keep]
-        return ClassChunk(self.features[keep], cost, self.pairs[keep], counts)
-
-    @staticmethod
-    def join(first: ClassChunk, second: ClassChunk) -> ClassChunk:
-        """Both in one chunk; the pairs of `second` come after those of `first`."""
-        cost = None if first.cost is None else torch.cat([first.cost, second.cost])
-        counts = tuple(a + b for a, b in zip(first.counts, second.counts, strict=True))
-        return ClassChunk(
-            torch.cat([first.features, second.features]), cost, torch.cat([first.pairs, second.pairs]), counts
-        )
+    logits: torch.Tensor
+    auxiliary: list[torch.Tensor]
+    kept_classes: torch.Tensor | None
 
 
-class LargeKernelBlock(GradientCheckpointingLayer):
-    """Spatial aggregation: a ConvNeXt block with a larger kernel, one residual around all of it.
-
-    `[n, h, w, C]` -> `[n, h, w, C]`: depthwise convolution, LayerNorm, Linear, GELU, Linear, scale per channel.
-    """
-
-    def __init__(self, channels: int, kernel_size: int) -> None:
-        super().__init__()
-        self.dwconv = nn.Conv2d(channels, channels, kernel_size, padding=kernel_size // 2, groups=channels)
-        self.layernorm = nn.LayerNorm(channels, eps=1e-6)
-        self.pwconv1 = nn.Linear(channels, 4 * channels)
-        self.pwconv2 = nn.Linear(4 * channels, channels)
-        self.layer_scale_parameter = nn.Parameter(torch.ones(channels))
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Aggregate each class's map."""
-        hidden = self.dwconv(features.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        hidden = self.pwconv2(F.gelu(self.pwconv1(self.layernorm(hidden))))
-        return torch.addcmul(features, hidden, self.layer_scale_parameter)
-
-
-class SegmentationHead(nn.Module):
-    """One logit per position: a 3 x 3 convolution, `[n, h, w, C]` -> `[n, h, w]`."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, 1, 3, padding=1)
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """The logits."""
-        return self.conv(features.permute(0, 3, 1, 2))[:, 0]
-
-
-class CostEmbedding(nn.Module):
-    """From the cost map of a class, one channel per template, to features: a 7 x 7 convolution.
-
-    `[n, P, h, w]` -> `[n, h, w, C]`; `head` predicts from them before the first layer.
-    """
+class SEDDecoder(nn.Module):
+    """From dense features and text embeddings to one logit map per class."""
 
     def __init__(self, config: SEDConfig) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(config.num_templates, config.hidden_size, COST_KERNEL_SIZE, padding=COST_KERNEL_SIZE // 2)
-        self.head = SegmentationHead(config.hidden_size)
-
-    def forward(self, cost: torch.Tensor) -> torch.Tensor:
-        """Embed cost maps."""
-        return self.conv(cost).permute(0, 2, 3, 1)
-
-
-class CostGuidance(nn.Module):
-    """The next level of the cost guidance: `[n, h, w, G]` -> `[n, 2h, 2w, G']`, transposed 2 x 2 convolution, ReLU."""
-
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__()
-        self.conv = nn.ConvTranspose2d(in_channels, out_channels, 2, stride=2)
-
-    def forward(self, cost: torch.Tensor) -> torch.Tensor:
-        """Double the resolution."""
-        return F.relu(self.conv(cost.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
-
-
-class SEDDecoderLayer(nn.Module):
-    """One layer: spatial aggregation, class aggregation, guided upsampling; `head` predicts from the result.
-
-    Args:
-        config: of the model.
-        index: of the layer, from 0.
-    """
-
-    def __init__(self, config: SEDConfig, index: int) -> None:
-        super().__init__()
-        channels = [config.hidden_size, *config.decoder_dims][index]
-        out_channels, guidance = config.decoder_dims[index], config.guidance_dims[index]
-        self.spatial = LargeKernelBlock(channels, config.kernel_sizes[index]) if config.spatial_aggregation else None
-        self.class_attention = (
-            ClassAttention(channels, config.num_attention_heads) if config.class_aggregation else None
-        )
-        self.cost_guidance = None
-        if config.fuses_cost:
-            below = config.guidance_dims[index - 1] if index else config.num_templates
-            self.cost_guidance = CostGuidance(below, guidance)
-        image_channels = guidance if config.fuses_features else 0
-        class_channels = guidance if config.fuses_cost else 0
-        self.upsampling = GuidedUpsampling(channels, channels - guidance, image_channels, class_channels, out_channels)
-        self.head = SegmentationHead(out_channels)
-
-    def aggregate(self, chunks: list[ClassChunk], pooling: int) -> None:
-        """Spatial and class aggregation of all chunks, in place in the list."""
-        if self.spatial is not None:
-            for i, chunk in enumerate(chunks):
-                chunks[i] = chunk._replace(features=self.spatial(chunk.features))
-        if self.class_attention is not None:
-            sums = reduce(
-                lambda a, b: a + b,
-                (self.class_attention.class_sums(pool_positions(c.features, pooling), c.counts) for c in chunks),
-            )
-            for i, chunk in enumerate(chunks):
-                tokens = self.class_attention(pool_positions(chunk.features, pooling), chunk.counts, sums)
-                chunks[i] = chunk._replace(features=add_pooled(chunk.features, tokens, pooling))
-
-    def upsample(self, chunk: ClassChunk, image_guidance: torch.Tensor | None) -> ClassChunk:
-        """Double the resolution of a chunk and of its cost guidance."""
-        cost = None if self.cost_guidance is None else self.cost_guidance(chunk.cost)
-        features = self.upsampling(chunk.features, chunk.counts, image_guidance, cost)
-        return chunk._replace(features=features, cost=cost)
+        self.uses_cost = config.fuses_cost
+        self.cost_embedding = CostEmbedding(config)
+        self.layers = nn.ModuleList(SEDDecoderLayer(config, index) for index in range(config.num_decoder_layers))
 
     def forward(
         self,
-        chunks: list[ClassChunk],
-        image_guidance: torch.Tensor | None,
+        dense_features: torch.Tensor,
+        image_guidance: Sequence[torch.Tensor],
+        text_embeds: torch.Tensor,
+        top_k: int | None,
         pooling: int,
-        wants_features: bool,
-        wants_logits: bool,
-        detach: bool,
-    ) -> tuple[list[ClassChunk], torch.Tensor | None]:
-        """Run the layer.
+        chunk_size: int | None,
+        wants_auxiliary: bool,
+    ) -> DecoderOutput:
+        """Decode all classes of some rows.
 
         Args:
-            chunks: all pairs. The list is used up, so that memory is freed on the way.
-            image_guidance: `[B, G, 2h, 2w]`.
+            dense_features: `[R, D, h, w]`.
+            image_guidance: for each layer `[R, G, 2h, 2w]`, ...; empty without.
+            text_embeds: `[K, P, D]`.
+            top_k: keep, before each layer, the union over positions of the k best classes; None: keep all.
             pooling: average pooling in front of the class attention, 1 = none.
-            wants_features, wants_logits: what of the two results is needed.
-            detach: no gradient from the logits to the features (auxiliary heads).
-
-        Returns:
-            the chunks at twice the resolution, and the head's logits `[N, 2h, 2w]` of all pairs.
+            chunk_size: pairs that go through a layer at a time; None: all.
+            wants_auxiliary: whether the logits of the heads before the last are returned; they get no gradient path to
+                the features.
         """
-        self.aggregate(chunks, pooling)
-        results, logits = [], []
-        while chunks:
-            chunk = self.upsample(chunks.pop(0), image_guidance)
-            if wants_logits:
-                logits.append(self.head(chunk.features.detach() if detach else chunk.features))
-            if wants_features:
-                results.append(chunk)
-        return results, torch.cat(logits) if wants_logits else None
+        rows, num_classes = len(dense_features), len(text_embeds)
+        size = chunk_size or rows * num_classes
+
+        def by_class(logits: torch.Tensor, pairs: Sequence[torch.Tensor]) -> torch.Tensor:
+            return _scatter(logits, pairs, rows, num_classes)
+
+        auxiliary: list[torch.Tensor] = []
+        kept = torch.ones(rows, num_classes, dtype=torch.bool, device=dense_features.device)
+        logits = None
+        if top_k is not None:
+            logits = self._early_logits(dense_features, text_embeds, size)
+            kept = best_classes(logits, [num_classes] * rows, top_k).view(rows, num_classes)
+            if wants_auxiliary:
+                auxiliary.append(logits.view(rows, num_classes, *logits.shape[1:]))
+        classes = None if top_k is None else [of_row.nonzero().flatten() for of_row in kept]
+        chunks = join_small(self._embed(dense_features, text_embeds, classes, size), size)
+        for index, layer in enumerate(self.layers):
+            pairs = [chunk.pairs for chunk in chunks]
+            if index == 0 and top_k is None and wants_auxiliary:
+                logits = torch.cat([self.cost_embedding.head(chunk.features.detach()) for chunk in chunks])
+                auxiliary.append(by_class(logits, pairs))
+            elif index > 0:
+                if wants_auxiliary:
+                    auxiliary.append(by_class(logits, pairs))
+                if top_k is not None:
+                    chunks = reject(chunks, logits, top_k, size)
+                    pairs = [chunk.pairs for chunk in chunks]
+            is_last = index == len(self.layers) - 1
+            chunks, logits = layer(
+                chunks,
+                image_guidance[index] if image_guidance else None,
+                pooling,
+                wants_features=not is_last,
+                wants_logits=is_last or wants_auxiliary or top_k is not None,
+                detach=not is_last,
+            )
+        kept_classes = None
+        if top_k is not None:
+            kept_classes = torch.zeros_like(kept).flatten().index_fill(0, torch.cat(pairs), True).view_as(kept)
+        return DecoderOutput(by_class(logits, pairs), auxiliary, kept_classes)
+
+    def _early_logits(self, dense_features: torch.Tensor, text_embeds: torch.Tensor, size: int) -> torch.Tensor:
+        """Logits `[R * K, h, w]` before the first layer, `size` pairs at a time."""
+        at_once = max(1, size // len(dense_features))
+        parts = []
+        for some_embeds in text_embeds.split(at_once):
+            cost = correlation(dense_features, some_embeds)
+            logits = self.cost_embedding.early_logits(cost.flatten(0, 1).permute(0, 2, 3, 1))
+            parts.append(logits.unflatten(0, cost.shape[:2]))
+        return torch.cat(parts, dim=1).flatten(0, 1)
+
+    def _embed(
+        self,
+        dense_features: torch.Tensor,
+        text_embeds: torch.Tensor,
+        classes: Sequence[torch.Tensor] | None,
+        size: int,
+    ) -> Iterator[ClassChunk]:
+        """Embedded cost maps of the given classes of each row (None: all), at most `size` of a row at a time."""
+        rows, num_classes = len(dense_features), len(text_embeds)
+        everything = torch.arange(num_classes, device=dense_features.device)
+        for row in range(rows):
+            for some in (everything if classes is None else classes[row]).split(size):
+                cost = correlation(dense_features[row : row + 1], text_embeds[some])[0].permute(0, 2, 3, 1).contiguous()
+                yield ClassChunk(
+                    features=self.cost_embedding(cost),
+                    cost=cost if self.uses_cost else None,
+                    pairs=some + row * num_classes,
+                    counts=tuple(len(some) if other == row else 0 for other in range(rows)),
+                )
 
 
-def best_classes(logits: torch.Tensor, counts: Sequence[int], top_k: int) -> torch.Tensor:
-    """Category early rejection (paper, section 3.4): who is among the k best classes anywhere in its picture.
-
-    Args:
-        logits: `[N, h, w]` of (picture, class) pairs, sorted by picture.
-        counts: of each picture, how many of the N are its classes.
-        top_k: k; a picture with fewer classes keeps all.
-
-    Returns:
-        `[N]` bool.
-    """
-    kept = []
-    for of_picture in logits.flatten(1).split(list(counts)):
-        best = of_picture.topk(min(top_k, len(of_picture)), dim=0, sorted=False).indices
-        kept.append(
-            torch.zeros(len(of_picture), dtype=torch.bool, device=logits.device).index_fill(0, best.flatten(), True)
-        )
-    return torch.cat(kept)
-
-
-def reject(chunks: list[ClassChunk], logits: torch.Tensor, top_k: int, chunk_size: int) -> list[ClassChunk]:
-    """What is left of all chunks after a rejection, neighbours joined as long as they fit `chunk_size` together."""
-    counts = [sum(of_picture) for of_picture in zip(*(chunk.counts for chunk in chunks), strict=True)]
-    keep = best_classes(logits.detach(), counts, top_k).split([len(chunk.pairs) for chunk in chunks])
-    left: list[ClassChunk] = []
-    for selection in keep:
-        chunk = chunks.pop(0)
-        chunk = chunk if selection.all() else chunk.select(selection)
-        if left and len(left[-1].pairs) + len(chunk.pairs) <= chunk_size:
-            left[-1] = ClassChunk.join(left[-1], chunk)
-        elif len(chunk.pairs):
-            left.append(chunk)
-    return left
+def _scatter(logits: torch.Tensor, pairs: Sequence[torch.Tensor], rows: int, num_classes: int) -> torch.Tensor:
+    """Logits `[N, h, w]` of (row, class) pairs -> `[rows, K, h, w]`; pairs that are missing have `REJECTED`."""
+    size = logits.shape[1:]
+    if len(logits) == rows * num_classes:
+        return logits.view(rows, num_classes, *size)
+    result = logits.new_full((rows * num_classes, *size), REJECTED)
+    return result.index_copy(0, torch.cat(list(pairs)), logits).view(rows, num_classes, *size)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,14 +24,13 @@ from ...layers.sliding_window import cut_views, resize, split_pictures, view_box
 from ...losses_per_class import per_class_cross_entropy
 from ...modeling_base import FROM_CONFIG, OpenVocabularySegmentationModel
 from ...modeling_outputs import ImageState, OpenVocabularySegmentationOutput
+from .blocks import LargeKernelBlock
 from .configuration_sed import SEDConfig
-from .decoder import ClassChunk, CostEmbedding, LargeKernelBlock, SEDDecoderLayer, reject
+from .decoder import SEDDecoder
 from .foundations import clip_parts, find_open_clip, read_open_clip
 
-# logit of a rejected class: finite, because interpolating -inf gives NaN
-REJECTED = -100.0
 # what no CLIP holds
-DECODER_PREFIXES = ("image_guidance.", "cost_embedding.", "decoder.")
+DECODER_PREFIXES = ("image_guidance.", "decoder.")
 
 
 @dataclass
@@ -45,14 +44,6 @@ class SEDImageState(ImageState):
 
     dense_features: torch.Tensor | None = None
     image_guidance: tuple[torch.Tensor, ...] | None = None
-
-
-class _Decoded(NamedTuple):
-    """Logits `[R, K, H, W]` of the last head and of the auxiliary ones that were run, and `kept_classes` `[R, K]`."""
-
-    logits: torch.Tensor
-    auxiliary: list[torch.Tensor]
-    kept_classes: torch.Tensor | None
 
 
 class ProjectionMLP(nn.Module):
@@ -90,13 +81,11 @@ class SEDForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
         install_clip_stem(self, config.clip_stem)
         self.visual_projection = self._make_projection(config)
         self.text_model = CLIPTextModelWithProjection._from_config(config.text_config)
-        layers = config.num_decoder_layers
         self.image_guidance = nn.ModuleList(
             nn.Conv2d(channels, guidance, 3, padding=1)
             for channels, guidance in zip(self._guidance_sources(config), config.guidance_dims)
         )
-        self.cost_embedding = CostEmbedding(config)
-        self.decoder = nn.ModuleList(SEDDecoderLayer(config, index) for index in range(layers))
+        self.decoder = SEDDecoder(config)
         self.post_init()
         self.freeze_pretrained()
 
@@ -276,7 +265,7 @@ class SEDForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
         self._check_request(state, text_embeds, rejection_top_k, class_attention_pooling, class_chunk_size)
         wants_auxiliary = output_maps or (labels is not None and self.config.auxiliary_loss_weight != 0)
         rows = [
-            self._decode(
+            self.decoder(
                 state.dense_features[rows],
                 [guidance[rows] for guidance in state.image_guidance or ()],
                 text_embeds,
@@ -312,61 +301,6 @@ class SEDForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
             terms[f"loss_sem_seg_{index}"] = weight * loss
         return terms
 
-    def _decode(
-        self,
-        dense_features: torch.Tensor,
-        image_guidance: list[torch.Tensor],
-        text_embeds: torch.Tensor,
-        top_k: int | None,
-        pooling: int,
-        chunk_size: int | None,
-        wants_auxiliary: bool,
-    ) -> _Decoded:
-        """Run the decoder for some rows with all classes."""
-        num_rows, num_classes = len(dense_features), len(text_embeds)
-        size = max(chunk_size or num_rows * num_classes, num_rows)
-        chunks = self._embed_costs(dense_features, text_embeds, size // num_rows)
-        wants_logits = wants_auxiliary or top_k is not None
-        auxiliary: list[torch.Tensor] = []
-        logits = None
-        if wants_logits:
-            logits = torch.cat([self.cost_embedding.head(chunk.features.detach()) for chunk in chunks])
-        for index, layer in enumerate(self.decoder):
-            is_last = index == len(self.decoder) - 1
-            if wants_auxiliary:
-                auxiliary.append(_by_class(logits, [chunk.pairs for chunk in chunks], num_rows, num_classes))
-            if top_k is not None:
-                chunks = reject(chunks, logits, top_k, size)
-            pairs = [chunk.pairs for chunk in chunks]
-            guidance = image_guidance[index] if image_guidance else None
-            chunks, logits = layer(
-                chunks, guidance, pooling, not is_last, is_last or wants_logits, wants_auxiliary and not is_last
-            )
-        kept_classes = None
-        if top_k is not None:
-            kept_classes = torch.zeros(num_rows * num_classes, dtype=torch.bool, device=logits.device)
-            kept_classes = kept_classes.index_fill(0, torch.cat(pairs), True).view(num_rows, num_classes)
-        return _Decoded(_by_class(logits, pairs, num_rows, num_classes), auxiliary, kept_classes)
-
-    def _embed_costs(self, dense_features: torch.Tensor, text_embeds: torch.Tensor, at_once: int) -> list[ClassChunk]:
-        """Cost maps and their embeddings, for `at_once` classes of every row at a time."""
-        num_rows, num_classes = len(dense_features), len(text_embeds)
-        chunks = []
-        for start in range(0, num_classes, at_once):
-            cost = correlation(dense_features, text_embeds[start : start + at_once]).flatten(0, 1)
-            count = len(cost) // num_rows
-            of_class = torch.arange(start, start + count, device=cost.device)
-            of_row = torch.arange(num_rows, device=cost.device) * num_classes
-            chunks.append(
-                ClassChunk(
-                    features=self.cost_embedding(cost),
-                    cost=cost.permute(0, 2, 3, 1) if self.config.fuses_cost else None,
-                    pairs=(of_row[:, None] + of_class).flatten(),
-                    counts=(count,) * num_rows,
-                )
-            )
-        return chunks
-
     def _check_request(
         self,
         state: SEDImageState,
@@ -395,12 +329,3 @@ def _row_slices(rows: int, num_classes: int, chunk_size: int | None) -> Iterator
     at_once = max(1, chunk_size // num_classes) if chunk_size else rows
     for start in range(0, rows, at_once):
         yield slice(start, start + at_once)
-
-
-def _by_class(logits: torch.Tensor, pairs: list[torch.Tensor], rows: int, num_classes: int) -> torch.Tensor:
-    """Logits `[N, h, w]` of (row, class) pairs -> `[rows, K, h, w]`; pairs that are missing have `REJECTED`."""
-    size = logits.shape[-2:]
-    if len(logits) == rows * num_classes and (rows == 1 or len(pairs) == 1):
-        return logits.view(rows, num_classes, *size)
-    result = logits.new_full((rows * num_classes, *size), REJECTED)
-    return result.index_copy(0, torch.cat(pairs), logits).view(rows, num_classes, *size)

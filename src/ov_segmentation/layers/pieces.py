@@ -1,0 +1,36 @@
+"""Running a layer in pieces whose intermediate results stay in the processor's caches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+ELEMENTS_PER_PIECE = 2**21
+
+
+def in_pieces(
+    function: Callable[..., torch.Tensor], elements_per_item: int, *tensors: torch.Tensor | None
+) -> torch.Tensor:
+    """`function(*tensors)`, on a CPU and without gradients computed for some items of the first dimension at a time.
+
+    There it is two to three times faster for layers that widen large maps: fresh memory and main memory cost more than
+    the arithmetic. Elsewhere the function is called once.
+
+    Args:
+        function: treats the items of the first dimension independently.
+        elements_per_item: size of the largest intermediate result for one item.
+        tensors: arguments of equal length in the first dimension, or None.
+    """
+    first = next(tensor for tensor in tensors if tensor is not None)
+    at_once = max(1, ELEMENTS_PER_PIECE // elements_per_item)
+    if first.device.type != "cpu" or len(first) <= at_once or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return function(*tensors)
+    result = None
+    for start in range(0, len(first), at_once):
+        piece = slice(start, start + at_once)
+        computed = function(*(None if tensor is None else tensor[piece] for tensor in tensors))
+        if result is None:
+            result = computed.new_empty(len(first), *computed.shape[1:])
+        result[piece] = computed
+    return result
