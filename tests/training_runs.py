@@ -1,4 +1,4 @@
-"""A tiny data set and a tiny SAN recipe, trained through the real loop, in this process or in real ones of their own."""
+"""A tiny data set and a tiny SAN recipe for the real training loop, in this process or in processes of its own."""
 
 from __future__ import annotations
 
@@ -17,7 +17,13 @@ ROOT = Path(__file__).resolve().parent.parent
 NAMES = ["sky", "road", "car"]
 PICTURES = 7
 
-TOWER = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "projection_dim": 8}
+TOWER = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "projection_dim": 8,
+}
 MODEL = {
     "train_clip": True,
     "clip_input_scale": 1.0,
@@ -85,7 +91,7 @@ def tiny_recipe(pictures: Path, **changes: Any) -> dict[str, Any]:
         "num_workers": 2,
         "seed": 3,
         "log_interval": 2,
-        "evaluation": {"interval": 4, "max_samples": 3},
+        "evaluation": {"interval": 5, "max_samples": 3},
         "checkpoint": {"interval": 3, "total_limit": 2},
     }
     return {**recipe, **changes}
@@ -112,9 +118,16 @@ main(sys.argv[1:])
 """
 
 
-def launch(recipe: Path, output: Path, *, kill_after: int | None = None, processes: int = 1) -> subprocess.CompletedProcess:
+def launch(
+    recipe: Path, output: Path, *, kill_after: int | None = None, processes: int = 1
+) -> subprocess.CompletedProcess:
     """`examples/train.py` in processes of its own; `kill_after`: SIGKILL in the training forward behind so many."""
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}", "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}",
+        "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": "1",
+    }
     if kill_after is not None:
         start = [sys.executable, "-c", KILL_IN_FORWARD.format(calls=kill_after)]
     elif processes > 1:

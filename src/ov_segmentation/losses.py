@@ -194,6 +194,11 @@ class MaskClassificationCriterion:
                 - self.costs["class"] * probability[:, target.classes]
                 + self.costs["dice"] * _pairwise_dice(logits, wanted)
             )
+            if not torch.isfinite(cost).all():
+                raise FloatingPointError(
+                    f"Masks or class logits of picture {i} of the batch are NaN or infinite: the training has "
+                    f"diverged. Lower the learning rate, clip the gradient, or train in full precision."
+                )
             queries, chosen = linear_sum_assignment(cost.cpu().numpy())
             matches.append(Match(torch.as_tensor(queries).to(device), torch.as_tensor(chosen).to(device)))
         return matches

@@ -118,35 +118,29 @@ class _Run:
         """Run the remaining optimizer steps."""
         recipe, state = self.recipe, self.state
         batches = self._batches()
-        bar = tqdm(
-            total=recipe.steps,
-            initial=state.step,
-            desc="training",
-            unit="step",
-            disable=not self.accelerator.is_local_main_process,
-        )
         self._clock = time.monotonic(), time.process_time()
-        while state.step < recipe.steps and not self._stopped_early():
-            self._optimizer_step(batches)
-            state.step += 1
-            self._tick()
-            bar.update()
-            is_last = state.step == recipe.steps
-            if is_last or state.step % recipe.log_interval == 0:
-                bar.set_postfix(loss=f"{self._log():.4g}")
-            improved = False
-            if self.evaluation_pictures and (is_last or state.step % recipe.evaluation.interval == 0):
-                improved = self._evaluate()
+        hidden = not self.accelerator.is_local_main_process
+        with tqdm(total=recipe.steps, initial=state.step, desc="training", unit="step", disable=hidden) as bar:
+            while state.step < recipe.steps and not self._stopped_early():
+                self._optimizer_step(batches)
+                state.step += 1
                 self._tick()
-                is_last = is_last or self._stopped_early()
-            stop = self._any(terminated[0])
-            if improved or is_last or stop or state.step % recipe.checkpoint.interval == 0:
-                self.store.save(self.accelerator, self.wrapped, self.optimizer, state)
-            if stop and not is_last:
-                self.accelerator.end_training()
-                self._say(f"Stopped by SIGTERM after step {state.step}; the same command continues.")
-                raise Terminated(TERMINATED)
-        bar.close()
+                bar.update()
+                is_last = state.step == recipe.steps
+                if is_last or state.step % recipe.log_interval == 0:
+                    bar.set_postfix(loss=f"{self._log():.4g}")
+                improved = False
+                if self.evaluation_pictures and (is_last or state.step % recipe.evaluation.interval == 0):
+                    improved = self._evaluate()
+                    self._tick()
+                    is_last = is_last or self._stopped_early()
+                stop = self._any(terminated[0])
+                if improved or is_last or stop or state.step % recipe.checkpoint.interval == 0:
+                    self.store.save(self.accelerator, self.wrapped, self.optimizer, state)
+                if stop and not is_last:
+                    self._say(f"Stopped by SIGTERM after step {state.step}; the same command continues.")
+                    self._end()
+                    raise Terminated(TERMINATED)
 
     def finish(self, command: str) -> dict[str, Any]:
         """Export the model and write `result.json`."""
@@ -177,9 +171,15 @@ class _Run:
             )
         )
         self._on_main(lambda: self.folder.write_result(result))
-        self.accelerator.end_training()
         self._say(f"Exported step {wanted} to {self.folder.model}.")
+        self._end()
         return result
+
+    def _end(self) -> None:
+        # the wrapper first: freed after its process group it hangs
+        del self.wrapped, self.optimizer
+        self.accelerator.free_memory()
+        self.accelerator.end_training()
 
     def _tick(self) -> None:
         """Add the time since the last call to the state's."""
@@ -217,6 +217,11 @@ class _Run:
                     figures["grad_norm"] = norm.detach().double()
                 self.optimizer.step()
                 self.optimizer.zero_grad()
+        if not torch.isfinite(figures["loss"]):
+            raise FloatingPointError(
+                f"The loss is {figures['loss'].item()} at optimizer step {step + 1}. Lower the learning rate, clip the "
+                f"gradient (clip_grad_norm), or train in full precision (precision: no). The last checkpoint is intact."
+            )
         names = list(figures)
         values = accelerator.reduce(torch.stack([figures[name].float() for name in names]), reduction="mean")
         for name, value in zip(names, values.tolist(), strict=True):
@@ -228,12 +233,6 @@ class _Run:
         state = self.state
         means = {name: total / state.count for name, total in state.sums.items()}
         state.sums, state.count = {}, 0
-        loss = means["loss"]
-        if not abs(loss) < float("inf"):
-            raise FloatingPointError(
-                f"The loss is {loss} at optimizer step {state.step}. Lower the learning rate, clip the gradient "
-                f"(clip_grad_norm), or train in full precision (precision: no). The last checkpoint is intact."
-            )
         rate = {"lr": self.optimizer.param_groups[0]["lr"] / self.optimizer.param_groups[0]["base_lr"]}
         rate["lr"] *= self.recipe.optimizer.lr
         self._track({f"train/{name}": value for name, value in {**means, **rate}.items()})
@@ -241,7 +240,7 @@ class _Run:
         for tracker in self.accelerator.trackers:
             if not isinstance(tracker, JSONLinesTracker):  # its file holds nothing that depends on the machine
                 tracker.log({"speed/pictures_per_second": speed}, step=state.step)
-        return loss
+        return means["loss"]
 
     def _evaluate(self) -> bool:
         """Evaluate and log; whether the score is the best so far."""
