@@ -22,10 +22,11 @@ def main(arguments: list[str] | None = None) -> None:
         "--minutes", type=float, help="stop after this time; the schedule follows the clock, not the steps"
     )
     parser.add_argument("--steps", type=int, help="overrides the recipe's number of steps")
+    parser.add_argument("--init-from", help="folder of an earlier run to continue from, with a new schedule")
     parser.add_argument("--device", default="cpu", help="e.g. cpu or cuda")
     options = parser.parse_args(arguments)
     try:
-        recipe = ContrastiveRecipe.from_yaml(options.recipe, steps=options.steps)
+        recipe = ContrastiveRecipe.from_yaml(options.recipe, steps=options.steps, init_from=options.init_from)
     except (OSError, TypeError, ValueError) as error:
         sys.exit(f"{options.recipe}: {error}")
     figures = train_clip(recipe, options.output, options.seed, options.minutes, options.device)

@@ -180,6 +180,11 @@ class TestTraining:
         assert split_clip_config(loaded.config)[1] is None
         assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in plain.state_dict().items())
 
+    def test_a_run_can_start_from_another(self, trained):
+        model = build_clip(tiny_recipe(init_from=str(trained[0])), build_scene_tokenizer())
+        earlier = load_clip(trained[0]).state_dict()
+        assert all(torch.equal(value, earlier[key]) for key, value in model.state_dict().items())
+
     def test_convnext(self, tmp_path):
         figures = train_clip(tiny_recipe("convnext", autocast="bfloat16"), tmp_path, seed=0, progress_bar=False)
         assert figures["step"] == 10

@@ -58,6 +58,7 @@ class ContrastiveRecipe:
         autocast: None or "bfloat16".
         eval_every: steps between evaluations.
         eval_scenes: scenes of the evaluation bank.
+        init_from: folder of an earlier run of the same architecture whose weights to start from.
     """
 
     architecture: str
@@ -82,6 +83,7 @@ class ContrastiveRecipe:
     autocast: str | None = None
     eval_every: int = 200
     eval_scenes: int = 512
+    init_from: str | None = None
 
     def __post_init__(self) -> None:
         if self.architecture not in ("vit", "convnext"):
@@ -107,7 +109,7 @@ class ContrastiveRecipe:
 
 
 def build_clip(recipe: ContrastiveRecipe, tokenizer: Any) -> PreTrainedModel:
-    """An untrained model of the recipe, with the tokenizer's ids in its text configuration."""
+    """The recipe's model, untrained or from `init_from`, with the tokenizer's ids in its text configuration."""
     model = copy.deepcopy(recipe.model)
     model.setdefault("text_config", {}).update(
         vocab_size=len(tokenizer),
@@ -117,8 +119,13 @@ def build_clip(recipe: ContrastiveRecipe, tokenizer: Any) -> PreTrainedModel:
         max_position_embeddings=tokenizer.model_max_length,
     )
     if recipe.architecture == "vit":
-        return CLIPModelWithStem(CLIPConfig(**model))
-    return ConvNextCLIPModel(ConvNextCLIPConfig(**model))
+        clip = CLIPModelWithStem(CLIPConfig(**model))
+    else:
+        clip = ConvNextCLIPModel(ConvNextCLIPConfig(**model))
+    if recipe.init_from is not None:
+        earlier = type(clip).from_pretrained(recipe.init_from, dtype=torch.float32)
+        clip.load_state_dict(earlier.state_dict())
+    return clip
 
 
 def contrastive_loss(
