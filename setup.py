@@ -10,7 +10,7 @@ VERSION = re.search(r'^__version__ = "(.+)"$', (ROOT / "src/ov_segmentation/__in
 DATA = ["accelerate>=1.10", "datasets>=4.0"]
 EXTRAS = {
     "train": [*DATA, "pyyaml>=6.0", "scipy>=1.11", "tensorboard>=2.16"],
-    "eval": [*DATA, "evaluate>=0.4.3"],
+    "eval": [*DATA, "evaluate>=0.4.3", "scipy>=1.11"],
     "demo": [],  # inference is enough
 }
 EXTRAS["dev"] = [
@@ -30,7 +30,7 @@ setup(
     license="Apache-2.0",
     package_dir={"": "src"},
     packages=find_packages("src"),
-    package_data={"ov_segmentation": ["vocabularies/*.json"]},
+    package_data={"ov_segmentation": ["vocabularies/*.json", "data/*.json"]},
     python_requires=">=3.10",
     install_requires=[
         "huggingface_hub>=2.0",

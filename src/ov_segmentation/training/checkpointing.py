@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -15,8 +14,9 @@ from accelerate import Accelerator, DistributedType
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from ..atomic_files import TEMPORARY, publish
+
 PREFIX = "step-"
-TEMPORARY = ".tmp"
 WEIGHTS, OPTIMIZER, STATE = "model.safetensors", "optimizer.pt", "state.json"
 # accelerate writes these in shards of its own; such checkpoints need the same number of processes again
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
@@ -156,29 +156,6 @@ def atomic_folder(final: Path, write: Callable[[Path], None]) -> None:
             f"{final} could not be written: {error}. {free / 1e6:.0f} MB are free there. What was saved before is "
             f"intact: make room and start the same command again to continue from it."
         ) from error
-
-
-def publish(partial: Path, final: Path) -> None:
-    """Flush every file of `partial` to the disk, then rename the folder to `final`, replacing it."""
-    for path in [*partial.rglob("*"), partial]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    if final.exists():
-        old = final.with_name(f"{final.name}.old{TEMPORARY}")
-        shutil.rmtree(old, ignore_errors=True)
-        final.rename(old)
-        partial.rename(final)
-        shutil.rmtree(old)
-    else:
-        partial.rename(final)
-    parent = os.open(final.parent, os.O_RDONLY)
-    try:
-        os.fsync(parent)
-    finally:
-        os.close(parent)
 
 
 def _write(

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from ..atomic_files import write_atomically
 from .recipe import Recipe, differences, recipe_values
 from .trackers import LOG_FILE, read_log
 
@@ -68,10 +69,3 @@ class RunFolder:
     def write_result(self, result: dict[str, Any]) -> None:
         """Write `result.json`."""
         write_atomically(self.path / RESULT, json.dumps(result, indent=1) + "\n")
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a small file so that it is there whole or not at all."""
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
