@@ -31,6 +31,7 @@ from ov_segmentation.training.optimization import build_optimizer, learning_rate
 from ov_segmentation.training.recipe import Recipe, ScheduleRecipe, load_recipe, recipe_hash
 from ov_segmentation.training.run_folder import RunFolderError
 from ov_segmentation.training.trackers import read_log
+from ov_segmentation.vocabulary import Vocabulary
 
 from .training_runs import NAMES, ROOT, launch, tiny_recipe, was_killed, write_pictures, write_recipe
 
@@ -38,15 +39,19 @@ RECIPES = sorted((ROOT / "examples/recipes").glob("san_*.yaml"))
 FIXTURES = Path(__file__).parent / "fixtures/san"
 
 
+def forget_accelerate():
+    """Accelerate keeps one state per process, precision included."""
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._shared_state.clear()
+
+
 @pytest.fixture(autouse=True)
-def _fresh_accelerate(tmp_path, monkeypatch):
-    """Accelerate keeps one state per process: each test starts anew, on the CPU."""
+def _fresh_accelerate(monkeypatch):
+    """Each test starts anew, on the CPU."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._shared_state.clear()
+    forget_accelerate()
     yield
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._shared_state.clear()
+    forget_accelerate()
 
 
 @pytest.fixture(scope="module")
@@ -353,6 +358,63 @@ def test_trackers(pictures, tmp_path):
         train(brief(pictures, trackers=["comet_ml"]), tmp_path / "run")
     train(brief(pictures, trackers=["tensorboard"]), tmp_path / "run")
     assert list((tmp_path / "run").rglob("events.out.tfevents*"))
+
+
+def test_losses_with_activation_checkpointing_are_the_same(pictures, tmp_path):
+    model = tiny_recipe(pictures)["model"]
+    for name, options in (("plain", {}), ("checkpointed", {"activation_checkpointing": True})):
+        train(brief(pictures, steps=3, model={**model, **options}), tmp_path / name)
+    assert read_log(tmp_path / "plain/log.jsonl") == read_log(tmp_path / "checkpointed/log.jsonl")
+
+
+def test_precision(pictures, tmp_path):
+    train(brief(pictures), tmp_path / "no")
+    forget_accelerate()
+    train(brief(pictures, precision="bf16"), tmp_path / "bf16")
+    exact, rounded = (read_log(tmp_path / name / "log.jsonl")[0]["train/loss"] for name in ("no", "bf16"))
+    assert exact != rounded
+    assert exact == pytest.approx(rounded, rel=0.05)
+    with pytest.raises(RecipeError, match="fp16 needs a GPU"):
+        train(brief(pictures, precision="fp16"), tmp_path / "fp16")
+
+
+def test_around_a_clip_and_evaluated_with_another_vocabulary(pictures, tmp_path):
+    recipe = tiny_recipe(pictures)
+    scratch, processor = build_model_and_processor(tiny(pictures), [Vocabulary(NAMES)])
+    scratch.clip.save_pretrained(tmp_path / "clip")
+    processor.tokenizer.save_pretrained(tmp_path / "clip")
+    names = [["sky", "clouds"], "road", "car", "tree"]
+    changes = {
+        "model": {
+            "model_type": "san",
+            "from_clip": str(tmp_path / "clip"),
+            "config": {k: v for k, v in recipe["model"]["config"].items() if k not in ("clip_config", "train_clip")},
+        },
+        "processor": {**recipe["processor"], "tokenizer": None},
+        "data": recipe["data"],
+        "evaluation": {"interval": 5, "max_samples": 2, "data": {**recipe["data"], "class_names": names}},
+    }
+    result = train(brief(pictures, **changes), tmp_path / "run")
+    assert 0 <= result["miou"] <= 1
+    trained = load_file(tmp_path / "run/model/model.safetensors")
+    changed = {
+        name for name, value in scratch.clip.state_dict().items() if not torch.equal(trained[f"clip.{name}"], value)
+    }
+    assert changed == {"vision_model.embeddings.position_embedding.weight"}, "the rest of CLIP is frozen"
+
+
+@pytest.mark.parametrize("method", ["sed"])
+def test_a_tokenizer_of_words_fits_models_without_a_whole_clip(method):
+    text = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    recipe = tiny_recipe(Path("nowhere"))
+    recipe |= {
+        "model": {"model_type": method, "config": {"text_config": {**text, "projection_dim": 8}}},
+        "processor": {"tokenizer": "words", "templates": ["a {}"]},
+    }
+    with torch.device("meta"):
+        model, processor = build_model_and_processor(from_mapping(Recipe, recipe), [Vocabulary(NAMES)])
+    assert model.config.text_config.vocab_size == len(processor.tokenizer)
+    assert model.config.text_config.eos_token_id == processor.tokenizer.eos_token_id
 
 
 def test_best_weights_are_kept_and_exported_and_patience_stops(pictures, tmp_path, monkeypatch):

@@ -97,19 +97,21 @@ def _around_clip(method: Method, recipe: ModelRecipe) -> Any:
 
 
 def _random(method: Method, recipe: Recipe, processor: Any) -> Any:
-    values = dict(recipe.model.config)
+    values, config_class = dict(recipe.model.config), load_class(method.config)
     if recipe.processor.tokenizer == WORDS:
         tokenizer = processor.tokenizer
-        clip = dict(values.get("clip_config") or {})
-        clip["text_config"] = {
-            **(clip.get("text_config") or {}),
+        ids = {
             "vocab_size": len(tokenizer),
             "bos_token_id": tokenizer.bos_token_id,
             "eos_token_id": tokenizer.eos_token_id,
             "pad_token_id": tokenizer.pad_token_id,
         }
-        values["clip_config"] = clip
-    config = load_class(method.config)(**values)
+        # a CLIP of one piece, or (SED) its text tower beside another picture tower
+        whole = "clip_config" in config_class.sub_configs_defaults
+        holder = dict(values.get("clip_config") or {}) if whole else values
+        holder["text_config"] = {**(holder.get("text_config") or {}), **ids}
+        values = {**values, "clip_config": holder} if whole else holder
+    config = config_class(**values)
     options = {} if recipe.model.attention is None else {"attn_implementation": recipe.model.attention}
     return load_class(method.model)._from_config(config, **options)
 

@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 from .. import ledger
 from ..data.augmentation import build_augmentations
 from ..data.datasets import LabelledPictures, SegmentationData, load_segmentation_data
+from ..strict_mapping import RecipeError
 from .building import build_model_and_processor, trainable_parameters
 from .checkpointing import CheckpointStore, TrainingState
 from .data_loading import StepBatches, TrainingSamples, training_loader
@@ -74,6 +75,8 @@ class _Run:
     def __init__(self, recipe: Recipe, output: Path, resume: str) -> None:
         self.recipe = recipe
         self.code = ledger.revision()  # now: the checkout may move on while this process runs what it has loaded
+        if recipe.precision == "fp16" and not torch.accelerator.is_available():
+            raise RecipeError("precision: fp16 needs a GPU. On a CPU: bf16, or no.")
         self.accelerator = Accelerator(
             mixed_precision=recipe.precision,
             gradient_accumulation_plugin=GradientAccumulationPlugin(
