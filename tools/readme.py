@@ -215,7 +215,12 @@ TABLES: dict[str, LedgerTable | MethodTable] = {
     ),
 }
 
-VALUES: dict[str, Value] = {}
+VALUES: dict[str, Value] = {
+    # ESC-Net has no original to compare with
+    f"{model_type}_parity": Value("parity.jsonl", "figures.scores", scientific, {"method": model_type})
+    for model_type in FACTS
+    if model_type != "esc_net"
+}
 
 
 def look_up(entry: Entry, path: str) -> Any:
