@@ -437,6 +437,7 @@ def test_best_weights_are_kept_and_exported_and_patience_stops(pictures, tmp_pat
     )
     result = train(recipe, tmp_path / "run")
     assert (result["steps"], result["best_step"], result["exported_step"]) == (4, 2, 2)
+    assert result["miou"] == result["best_miou"] == 0.7, "the figures are those of what is exported"
     assert CheckpointStore(tmp_path / "run/checkpoints", 1).steps() == [2, 4]
     exported = load_file(tmp_path / "run/model/model.safetensors")
     best = load_file(tmp_path / "run/checkpoints/step-00000002/model.safetensors")

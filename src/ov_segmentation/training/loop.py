@@ -158,7 +158,7 @@ class _Run:
             "exported_step": wanted,
             "trainable_parameters": trainable_parameters(self.model),
             "processes": self.accelerator.num_processes,
-            **self.folder.last_evaluation(),
+            **self.folder.evaluation_of(wanted),
         }
         if wanted != state.step:
             self.model.load_state_dict(self.store.weights(wanted))

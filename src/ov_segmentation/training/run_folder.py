@@ -58,13 +58,11 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         write_atomically(file, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
 
-    def last_evaluation(self) -> dict[str, Any]:
-        """The figures of the log's last evaluation, without their prefix."""
+    def evaluation_of(self, step: int) -> dict[str, Any]:
+        """The figures of the evaluation after `step` optimizer steps, without their prefix; empty if there was none."""
         prefix = "evaluation/"
-        for line in reversed(read_log(self.path / LOG_FILE)):
-            if found := {key[len(prefix) :]: value for key, value in line.items() if key.startswith(prefix)}:
-                return found
-        return {}
+        lines = [line for line in read_log(self.path / LOG_FILE) if line["step"] == step]
+        return {key[len(prefix) :]: value for line in lines for key, value in line.items() if key.startswith(prefix)}
 
     def write_result(self, result: dict[str, Any]) -> None:
         """Write `result.json`."""
