@@ -102,7 +102,7 @@ class SEDConfig(OpenVocabularySegmentationConfig):
     class_attention_pooling: int = 1
     train_class_attention_pooling: int = 2
     rejection_top_k: int | None = None
-    class_chunk_size: int | None = 32
+    class_chunk_size: int | None = 16
     crop_batch_size: int | None = 4
     window_pixels: int = 768
     window_stride: int = 512
