@@ -40,8 +40,8 @@ class LabelTransform:
         if not known.all():
             wrong = found[~known].tolist()
             raise ValueError(
-                f"it holds the label ids {wrong[:5]}{' and others' if len(wrong) > 5 else ''}, which this data set does "
-                f"not have: is it a label map of another data set?"
+                f"it holds the label ids {wrong[:5]}{' and others' if len(wrong) > 5 else ''}, which this data set "
+                f"does not have: is it a label map of another data set?"
             )
         return table[ids].astype(self.dtype)
 
