@@ -60,6 +60,7 @@ METHODS = (
     Method("ovseg", "OVSeg"),
     Method("deop", "DeOP"),
     Method("cat_seg", "CATSeg"),
+    Method("esc_net", "ESCNet"),
 )
 CLASS_MODULES = {name: module for method in METHODS for name, module in method.modules.items()}
 

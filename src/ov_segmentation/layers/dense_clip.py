@@ -94,3 +94,23 @@ def dense_clip_features(
     hidden = value_path_block(last, hidden, residual)
     dense = clip.visual_projection(vision.post_layernorm(hidden))
     return DenseCLIPFeatures(_to_map(dense, grid), tuple(skips[index] for index in skip_layers), tuple(attentions))
+
+
+def dense_clip_views(
+    clip: CLIPModel,
+    views: torch.Tensor,
+    skip_layers: Sequence[int],
+    residual: str,
+    at_once: int | None,
+    output_attentions: bool = False,
+) -> DenseCLIPFeatures:
+    """`dense_clip_features` of many views `[R, 3, H, W]`, `at_once` of them at a time; None: all."""
+    if at_once is not None and at_once < 1:
+        raise ValueError(f"crop_batch_size must be at least 1 or None, got {at_once}.")
+    parts = [
+        dense_clip_features(clip, chunk, skip_layers, residual, output_attentions)
+        for chunk in views.split(at_once or len(views))
+    ]
+    skips = tuple(torch.cat(blocks) for blocks in zip(*(part.skips for part in parts), strict=True))
+    attentions = tuple(torch.cat(weights) for weights in zip(*(part.attentions for part in parts), strict=True))
+    return DenseCLIPFeatures(torch.cat([part.features for part in parts]), skips, attentions)

@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from .guided import guided_linear
 from .pieces import in_pieces
 
 EPSILON = 1e-6
@@ -38,7 +39,47 @@ class ClassSums(NamedTuple):
         return ClassSums(self.key_values + other.key_values, self.keys + other.keys)
 
 
-class ClassAttention(GradientCheckpointingLayer):
+class ClassLayer(GradientCheckpointingLayer):
+    """What transformer layers over classes share: the projections, the norms, a ReLU MLP; no output projection.
+
+    Args:
+        channels: C.
+        num_heads: has to divide `channels`.
+        query_channels, key_channels, value_channels: what the three projections see.
+        mlp_ratio: hidden channels of the MLP over `channels`.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        num_heads: int,
+        query_channels: int,
+        key_channels: int,
+        value_channels: int,
+        mlp_ratio: int = 4,
+    ) -> None:
+        super().__init__()
+        if channels % num_heads:
+            raise ValueError(f"num_heads {num_heads} has to divide the {channels} channels of the class attention.")
+        self.channels, self.num_heads = channels, num_heads
+        self.norm1 = nn.LayerNorm(channels)
+        self.query = nn.Linear(query_channels, channels)
+        self.key = nn.Linear(key_channels, channels)
+        self.value = nn.Linear(value_channels, channels)
+        self.norm2 = nn.LayerNorm(channels)
+        self.fc1 = nn.Linear(channels, channels * mlp_ratio)
+        self.fc2 = nn.Linear(channels * mlp_ratio, channels)
+
+    def _split_heads(self, features: torch.Tensor) -> torch.Tensor:
+        """`[N, S, C]` -> `[N, S * heads, d]`."""
+        return features.view(len(features), -1, self.channels // self.num_heads)
+
+    def _add_mlp(self, tokens: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        tokens = tokens + attended
+        return tokens + self.fc2(F.relu(self.fc1(self.norm2(tokens)), inplace=True))
+
+
+class ClassAttention(ClassLayer):
     """Pre-norm transformer layer over classes: linear attention without output projection, then a ReLU MLP.
 
     Args:
@@ -49,29 +90,15 @@ class ClassAttention(GradientCheckpointingLayer):
     """
 
     def __init__(self, channels: int, num_heads: int, guidance_channels: int = 0, mlp_ratio: int = 4) -> None:
-        super().__init__()
-        if channels % num_heads:
-            raise ValueError(f"num_heads {num_heads} has to divide the {channels} channels of the class attention.")
-        self.channels, self.num_heads = channels, num_heads
-        self.norm1 = nn.LayerNorm(channels)
-        self.query = nn.Linear(channels + guidance_channels, channels)
-        self.key = nn.Linear(channels + guidance_channels, channels)
-        self.value = nn.Linear(channels, channels)
-        self.norm2 = nn.LayerNorm(channels)
-        self.fc1 = nn.Linear(channels, channels * mlp_ratio)
-        self.fc2 = nn.Linear(channels * mlp_ratio, channels)
+        guided = channels + guidance_channels
+        super().__init__(channels, num_heads, guided, guided, channels, mlp_ratio)
 
     def _guided(self, linear: nn.Linear, tokens: torch.Tensor, guidance: torch.Tensor | None) -> torch.Tensor:
         """phi(linear([norm(tokens), guidance])) `[N, S, C]`; the guidance's share is computed once per class."""
         tokens = self.norm1(tokens)
         if guidance is None:
             return _positive(linear(tokens))
-        shared = F.linear(guidance, linear.weight[:, self.channels :], linear.bias)
-        return _positive(F.linear(tokens, linear.weight[:, : self.channels]) + shared[:, None])
-
-    def _split_heads(self, features: torch.Tensor) -> torch.Tensor:
-        """`[N, S, C]` -> `[N, S * heads, d]`."""
-        return features.view(len(features), -1, self.channels // self.num_heads)
+        return _positive(guided_linear(linear, tokens, guidance[:, None]))
 
     def class_sums(
         self, tokens: torch.Tensor, counts: Sequence[int], guidance: torch.Tensor | None = None
@@ -112,13 +139,44 @@ class ClassAttention(GradientCheckpointingLayer):
         attended = torch.cat(mixed).reshape(tokens.shape)
         return in_pieces(self._add_mlp, size * self.fc1.out_features // self.channels, tokens, attended)
 
-    def _add_mlp(self, tokens: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
-        tokens = tokens + attended
-        return tokens + self.fc2(F.relu(self.fc1(self.norm2(tokens)), inplace=True))
+
+class TextClassAttention(ClassLayer):
+    """The same with keys and values from the texts of all classes (ESC-Net, Sec. 3.5); queries come from the maps.
+
+    What a query needs to know of the classes then depends on the vocabulary alone, so no class waits for another.
+
+    Args:
+        channels: C.
+        num_heads: has to divide `channels`.
+        text_channels: G, width of a text.
+        mlp_ratio: hidden channels of the MLP over `channels`.
+    """
+
+    def __init__(self, channels: int, num_heads: int, text_channels: int, mlp_ratio: int = 4) -> None:
+        super().__init__(channels, num_heads, channels, text_channels, text_channels, mlp_ratio)
+
+    def class_sums(self, texts: torch.Tensor) -> ClassSums:
+        """Sums over all classes, `[1, heads, ...]`, of their texts `[K, G]`; no normalisation goes before."""
+        keys, values = self._split_heads(_positive(self.key(texts))), self._split_heads(self.value(texts))
+        products = torch.bmm(keys.permute(1, 2, 0), values.transpose(0, 1))
+        return ClassSums(products[None], keys.sum(dim=0)[None, ..., None])
+
+    def forward(self, tokens: torch.Tensor, sums: ClassSums) -> torch.Tensor:
+        """Updated tokens `[N, S, C]`, residuals included; `sums` are those of the whole vocabulary."""
+        key_values = torch.cat([sums.key_values, sums.keys], dim=-1)[0]
+        size = tokens.shape[1] * self.fc1.out_features
+        return in_pieces(lambda some: self._add_mlp(some, self._attend(some, key_values)), size, tokens)
+
+    def _attend(self, tokens: torch.Tensor, key_values: torch.Tensor) -> torch.Tensor:
+        queries = _positive(self.query(self.norm1(tokens))).view(-1, self.num_heads, self.channels // self.num_heads)
+        product = torch.bmm(queries.transpose(0, 1), key_values)
+        return (product[..., :-1] / (product[..., -1:] + EPSILON)).transpose(0, 1).reshape(tokens.shape)
 
 
 def _positive(features: torch.Tensor) -> torch.Tensor:
     """phi(x) = elu(x) + 1, written so that it takes half the time."""
+    if torch.is_grad_enabled():
+        return F.elu(features) + 1
     return features.clamp(max=0).exp() + F.relu(features)
 
 

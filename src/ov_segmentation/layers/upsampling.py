@@ -1,14 +1,15 @@
-"""Upsampling of per-class feature maps with guidance: the decoder block of SED and CAT-Seg.
+"""Upsampling of per-class feature maps with guidance: the decoder block of SED, CAT-Seg and ESC-Net.
 
-The block is: transposed 2 x 2 convolution, concatenation with guidance maps, then twice 3 x 3 convolution, GroupNorm,
-ReLU. Nothing lies between the transposed convolution and the first 3 x 3 convolution, and guidance from the picture is
-the same for every class, so the block computes what it can once:
+The block is: transposed 2 x 2 convolution (ESC-Net: bilinear upsampling), concatenation with guidance maps, then twice
+3 x 3 convolution, GroupNorm, ReLU. Nothing lies between the transposed convolution and the first 3 x 3 convolution, and
+guidance from the picture is the same for every class, so the block computes what it can once:
 
 - the two convolutions are one transposed 4 x 4 convolution (half the multiply-adds);
 - the picture's share of the first convolution is computed once per picture and added to all of its classes;
 - nothing is concatenated or repeated per class.
 
-Results differ from the plain order by rounding only.
+Results differ from the plain order by rounding only. With gradients the block takes the plain order: where rounding moves
+a value across a ReLU's kink, a gradient changes by much more, and training would not be the original's.
 """
 
 from __future__ import annotations
@@ -30,12 +31,21 @@ class PreparedUpsampling(NamedTuple):
     """What a block computes once for all classes.
 
     Args:
-        combined: `[C, out_channels, 4, 4]`, both convolutions in one.
-        shared: `[1 or B, out_channels, 2h, 2w]`, from biases and image guidance.
+        combined: `[C, out_channels, 4, 4]`, both convolutions in one; None where upsampling is bilinear.
+        shared: `[1 or B, out_channels, 2h, 2w]`, from biases and image guidance; None: take the plain order.
+        image_guidance: `[B, image_channels, 2h, 2w]`, for the plain order.
     """
 
-    combined: torch.Tensor
-    shared: torch.Tensor
+    combined: torch.Tensor | None
+    shared: torch.Tensor | None
+    image_guidance: torch.Tensor | None = None
+
+    def of_pictures(self, rows: slice) -> PreparedUpsampling:
+        """The share of some pictures of the batch."""
+        shared, guidance = self.shared, self.image_guidance
+        if shared is not None and len(shared) > 1:
+            shared = shared[rows]
+        return PreparedUpsampling(self.combined, shared, None if guidance is None else guidance[rows])
 
 
 class GuidedUpsampling(GradientCheckpointingLayer):
@@ -43,18 +53,18 @@ class GuidedUpsampling(GradientCheckpointingLayer):
 
     Args:
         in_channels: C.
-        up_channels: after the transposed convolution.
+        up_channels: after the transposed convolution; None: upsampling is bilinear, all channels stay.
         image_channels: of the guidance that all classes of a picture share; 0 for none.
         class_channels: of the guidance that each class has of its own; 0 for none.
         out_channels: a multiple of 16 (the GroupNorms have 16 channels per group).
     """
 
     def __init__(
-        self, in_channels: int, up_channels: int, image_channels: int, class_channels: int, out_channels: int
+        self, in_channels: int, up_channels: int | None, image_channels: int, class_channels: int, out_channels: int
     ) -> None:
         super().__init__()
-        self.splits = (up_channels, image_channels, class_channels)
-        self.up = nn.ConvTranspose2d(in_channels, up_channels, 2, stride=2)
+        self.splits = (up_channels or in_channels, image_channels, class_channels)
+        self.up = None if up_channels is None else nn.ConvTranspose2d(in_channels, up_channels, 2, stride=2)
         self.conv1 = nn.Conv2d(sum(self.splits), out_channels, 3, padding=1, bias=False)
         self.norm1 = nn.GroupNorm(out_channels // CHANNELS_PER_GROUP, out_channels)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
@@ -67,7 +77,13 @@ class GuidedUpsampling(GradientCheckpointingLayer):
             size: (2h, 2w), of the output.
             image_guidance: `[B, image_channels, 2h, 2w]`.
         """
+        if torch.is_grad_enabled():
+            return PreparedUpsampling(None, None, image_guidance)
         of_up, of_image, _ = self.conv1.weight.split(self.splits, dim=1)
+        if self.up is None:
+            if image_guidance is None:
+                return PreparedUpsampling(None, of_up.new_zeros(1, len(of_up), 1, 1))
+            return PreparedUpsampling(None, F.conv2d(image_guidance, of_image, padding=1))
         # [in, out, 4, 4]: what an impulse becomes under the 2 x 2 and then the 3 x 3 convolution
         combined = F.conv2d(self.up.weight, of_up, padding=2)
         # the bias between the two is a constant map, which the second one pads with zeros
@@ -93,6 +109,8 @@ class GuidedUpsampling(GradientCheckpointingLayer):
             class_guidance: `[N, 2h, 2w, class_channels]`.
         """
         shared = prepared.shared
+        if shared is None:
+            return self._plain(features, counts, prepared.image_guidance, class_guidance)
         elements = 4 * features.shape[1] * features.shape[2] * self.conv1.out_channels
         if len(shared) == 1:
             return in_pieces(lambda f, c: self._run(prepared, f, c, shared), elements, features, class_guidance)
@@ -106,10 +124,34 @@ class GuidedUpsampling(GradientCheckpointingLayer):
         class_guidance: torch.Tensor | None,
         shared: torch.Tensor,
     ) -> torch.Tensor:
-        mixed = F.conv_transpose2d(features.permute(0, 3, 1, 2), prepared.combined, stride=2, padding=1)
+        features = features.permute(0, 3, 1, 2)
+        if self.up is None:
+            larger = F.interpolate(features, scale_factor=2, mode="bilinear", align_corners=False)
+            mixed = F.conv2d(larger, self.conv1.weight[:, : self.splits[0]], padding=1)
+        else:
+            mixed = F.conv_transpose2d(features, prepared.combined, stride=2, padding=1)
         mixed += shared
         if class_guidance is not None:
             of_class = self.conv1.weight[:, -self.splits[2] :]
             mixed += F.conv2d(class_guidance.permute(0, 3, 1, 2), of_class, padding=1)
         hidden = F.relu(self.norm1(mixed), inplace=True)
         return F.relu(self.norm2(self.conv2(hidden)), inplace=True).permute(0, 2, 3, 1)
+
+    def _plain(
+        self,
+        features: torch.Tensor,
+        counts: Sequence[int],
+        image_guidance: torch.Tensor | None,
+        class_guidance: torch.Tensor | None,
+    ) -> torch.Tensor:
+        features = features.permute(0, 3, 1, 2)
+        if self.up is None:
+            parts = [F.interpolate(features, scale_factor=2, mode="bilinear", align_corners=False)]
+        else:
+            parts = [self.up(features)]
+        if image_guidance is not None:
+            parts.append(image_guidance.repeat_interleave(torch.tensor(counts, device=features.device), dim=0))
+        if class_guidance is not None:
+            parts.append(class_guidance.permute(0, 3, 1, 2))
+        hidden = F.relu(self.norm1(self.conv1(torch.cat(parts, dim=1))))
+        return F.relu(self.norm2(self.conv2(hidden))).permute(0, 2, 3, 1)

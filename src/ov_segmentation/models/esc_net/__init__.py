@@ -1,0 +1,1 @@
+"""ESC-Net: Effective SAM Combination for Open-Vocabulary Semantic Segmentation (CVPR 2025)."""
