@@ -29,7 +29,7 @@ def main(model_type: str, arguments: Sequence[str] | None = None) -> None:
     config, variant = _config(method, rules, options)
     tokenizer = _tokenizer(options.tokenizer, rules.DEFAULT_TOKENIZER)
     model = rules.convert(options.checkpoint, config, options.clip_checkpoint)
-    save_folder(method, model, options.output, tokenizer)
+    save_folder(method, model, image_processor_of(method, rules, config), options.output, tokenizer)
     copy_model_card(options.output, variant or model_type)
     print(f"{method.model} ({sum(p.numel() for p in model.parameters()):,} parameters) written to {options.output}")
     if options.push_to_hub:
@@ -104,9 +104,16 @@ def _tokenizer(given: str | None, default: str) -> Any | None:
         return None
 
 
-def save_folder(method: Method, model: PreTrainedModel, output: Path, tokenizer: Any | None) -> None:
+def image_processor_of(method: Method, rules: ModuleType, config: PreTrainedConfig) -> Any:
+    """The method's image processor, with the values that its rules' `image_processor_values(config)`, if any, gives."""
+    values_of = getattr(rules, "image_processor_values", None)
+    return load_class(method.image_processor)(**({} if values_of is None else values_of(config)))
+
+
+def save_folder(
+    method: Method, model: PreTrainedModel, image_processor: Any, output: Path, tokenizer: Any | None
+) -> None:
     """Write the model, and its processor, or its image processor alone when there is no tokenizer."""
-    image_processor = load_class(method.image_processor)()
     model.save_pretrained(output)
     if tokenizer is None:
         image_processor.save_pretrained(output)

@@ -237,7 +237,7 @@ class ModelTesterMixin:
             with torch.no_grad():
                 outputs = model(**self.pictures(batch), text_embeds=self.text(model, classes))
             if outputs.logits is None:
-                queries = model.config.num_queries
+                queries = getattr(model.config, "mask_config", model.config).num_queries
                 assert outputs.class_queries_logits.shape == (batch, queries, classes + 1)
                 assert outputs.class_queries_scores.shape == (batch, queries, classes)
                 assert outputs.masks_queries_logits.shape[:2] == (batch, queries)

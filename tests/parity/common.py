@@ -24,22 +24,22 @@ from .hparams import build
 SHIPPED = Path(__file__).parent.parent / "fixtures"
 
 
-def case_folders(method: str) -> list[Path]:
-    """The fixture folders of a method; empty where there are none."""
+def case_folders(method: str, prefix: str = "") -> list[Path]:
+    """The fixture folders of a method whose names begin with `prefix`; empty where there are none."""
     root = Path(os.environ.get("PARITY_FIXTURES") or SHIPPED)
-    return sorted(path.parent for path in (root / method).glob("*/outputs.safetensors"))
+    return sorted(path.parent for path in (root / method).glob(f"{prefix}*/outputs.safetensors"))
 
 
-def each_case(method: str) -> pytest.MarkDecorator:
+def each_case(method: str, prefix: str = "") -> pytest.MarkDecorator:
     """Parametrizes a test with `folder`, for each case of a method."""
-    folders = case_folders(method)
+    folders = case_folders(method, prefix)
     return pytest.mark.parametrize("folder", folders, ids=[folder.name for folder in folders])
 
 
-def each_recorded_tensor(method: str) -> pytest.MarkDecorator:
+def each_recorded_tensor(method: str, prefix: str = "") -> pytest.MarkDecorator:
     """Parametrizes a test with `folder` and `name`, for each tensor in `outputs.safetensors` of each case."""
     pairs = []
-    for folder in case_folders(method):
+    for folder in case_folders(method, prefix):
         with safe_open(folder / "outputs.safetensors", "pt") as file:
             pairs += [pytest.param(folder, name, id=f"{folder.name}-{name}") for name in sorted(file.keys())]
     return pytest.mark.parametrize(("folder", "name"), pairs)

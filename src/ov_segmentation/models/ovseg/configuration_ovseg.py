@@ -63,6 +63,8 @@ class OVSegConfig(OpenVocabularySegmentationConfig):
         class_weight, mask_weight, dice_weight: of the matching costs and of the losses.
         no_object_weight: class weight of "no object".
         normalise_per_process: loss normaliser of each process on its own, as the original has it.
+        window_pixels, window_stride, canvas_pixels, global_view: of the sliding window: side of a window, distance
+            between windows, side of the square canvas they are cut from, whether the whole picture is one more view.
     """
 
     model_type = "ovseg"
@@ -94,15 +96,46 @@ class OVSegConfig(OpenVocabularySegmentationConfig):
     dice_weight: float | int = 1.0
     no_object_weight: float | int = 0.1
     normalise_per_process: bool = False
+    window_pixels: int = 640
+    window_stride: int = 384
+    canvas_pixels: int = 1024
+    global_view: bool = True
     initializer_range: float = 0.02
 
     def validate_prompts(self) -> None:
-        """Check prompts and thresholds (called by `strict` on construction)."""
-        blocks = self.clip_config.vision_config.num_hidden_layers
-        if self.prompt_type != "none" and not 1 <= self.prompt_depth <= blocks:
-            raise ValueError(f"prompt_depth must lie between 1 and CLIP's {blocks} blocks, got {self.prompt_depth}.")
+        """Check prompts and crops (called by `strict` on construction)."""
+        vision = self.clip_config.vision_config
+        if self.prompt_type != "none" and not 1 <= self.prompt_depth <= vision.num_hidden_layers:
+            raise ValueError(
+                f"prompt_depth must lie between 1 and CLIP's {vision.num_hidden_layers} blocks, got "
+                f"{self.prompt_depth}."
+            )
+        if self.prompt_type == "deep" and self.num_deep_prompts < 1:
+            raise ValueError(f"num_deep_prompts must be at least 1, got {self.num_deep_prompts}.")
+        if self.crop_size < 1 or self.crop_size % vision.patch_size:
+            raise ValueError(f"crop_size {self.crop_size} is no multiple of CLIP's patch size {vision.patch_size}.")
+        longest = self.clip_config.text_config.max_position_embeddings - 4  # start, a token of the name, dot, end
+        if not 0 <= self.num_context_vectors <= longest:
+            raise ValueError(
+                f"num_context_vectors must lie between 0 and {longest}, got {self.num_context_vectors}: the prompt "
+                f"has to fit CLIP's text tower."
+            )
+
+    def validate_ensemble(self) -> None:
+        """Check thresholds and shares (called by `strict` on construction)."""
         if not 0 <= self.mask_threshold < 1:
             raise ValueError(f"mask_threshold is a probability, got {self.mask_threshold}.")
-        patch_size = self.clip_config.vision_config.patch_size
-        if self.crop_size % patch_size:
-            raise ValueError(f"crop_size {self.crop_size} is no multiple of CLIP's patch size {patch_size}.")
+        if self.mask_expand_ratio <= 0:
+            raise ValueError(f"mask_expand_ratio must be positive, got {self.mask_expand_ratio}.")
+        if self.crop_batch_size is not None and self.crop_batch_size < 1:
+            raise ValueError(f"crop_batch_size must be at least 1, or None, got {self.crop_batch_size}.")
+        check_ensemble_weight(self.ensemble_weight)
+
+
+def check_ensemble_weight(weight: float | int | None) -> None:
+    """CLIP's share lies in [0, 1]; None stands for the proposals' own classes alone."""
+    if weight is not None and not 0 <= weight <= 1:
+        raise ValueError(f"ensemble_weight is CLIP's share, between 0 and 1, or None for no CLIP; got {weight}.")
+
+
+__all__ = ["OVSegConfig"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from typing import Any
 
 from ...conversion import ConversionError, KeyRules, Rule, StateDict, clip_rules, load_converted, read_checkpoint
 from ...conversion_maskformer import detectron2_rules, is_second_adapter
@@ -46,12 +47,12 @@ VARIANTS = {
 }
 
 
-def image_processor_size(config: OVSegConfig) -> dict[str, int]:
-    """The test resize that belongs to a configuration: 512 / 2048 for OVSeg's ResNet, 640 / 2560 for the others."""
+def image_processor_values(config: OVSegConfig) -> dict[str, Any]:
+    """Test resize and normalisation of a release: 512 / 2048 for OVSeg's ResNet, 640 / 2560 for the others."""
     resnet = config.mask_config.backbone_config.model_type == "ov_resnet_c"
-    if resnet and config.prompt_type == "mask":
-        return {"shortest_edge": 512, "longest_edge": 2048}
-    return {"shortest_edge": 640, "longest_edge": 2560}
+    small = resnet and config.num_context_vectors == 0  # SimBaseline's ResNet, with a learned prompt, is tested at 640
+    size = {"shortest_edge": 512, "longest_edge": 2048} if small else {"shortest_edge": 640, "longest_edge": 2560}
+    return {"size": size, "image_mean": list(config.image_mean), "image_std": list(config.image_std)}
 
 
 MASK_PROMPTS = "visual_prompts.embedding"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.functional import interpolate, normalize
+from transformers import CLIPConfig
 from transformers import initialization as init
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
@@ -16,20 +18,21 @@ from ...layers.learned_prompts import LearnedPrompt
 from ...layers.mask_crops import cropped_masks, mask_boxes, masked_crops
 from ...layers.mask_prompts import DeepPrompts, MaskPrompts, encode_crops
 from ...layers.maskformer import MaskProposalNetwork, MaskProposals, init_mask_proposal_weights
+from ...layers.sliding_window import cut_views, split_pictures, view_boxes
 from ...losses import MaskClassificationCriterion, Prediction, sum_losses
 from ...modeling_base import OpenVocabularySegmentationModel
 from ...modeling_outputs import ImageState, OpenVocabularySegmentationOutput
-from .configuration_ovseg import OVSegConfig
+from .configuration_ovseg import OVSegConfig, check_ensemble_weight
 
 
 @dataclass
 class OVSegImageState(ImageState):
-    """Proposals and what CLIP sees in them.
+    """Proposals and what CLIP sees in them; B counts views where a sliding window is used.
 
     Args:
         proposal_embeddings: `[B, N, D]`, not normalised.
         mask_logits: `[B, N, h, w]`.
-        crop_features: `[B, N, D]`, L2-normalised; zero for invalid proposals. None without CLIP's part.
+        crop_features: `[B, N, D]` float32, L2-normalised; zero for invalid proposals. None without CLIP's part.
         valid: bool `[B, N]`: proposals with a pixel above the threshold.
         auxiliary: proposals of the layers before the last, for training.
     """
@@ -46,21 +49,15 @@ class OVSegForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
 
     config: OVSegConfig
     switches = frozenset({"ensemble_weight", "class_is_seen"})
-    picture_switches = frozenset({"crop_batch_size", "ensemble_weight"})
+    picture_switches = frozenset({"crop_batch_size", "ensemble_weight", "sliding_window"})
     _no_split_modules = ["CLIPEncoderLayer", "SwinStage", "Bottleneck", "MaskFormerDetrDecoderLayer"]
 
     def __init__(self, config: OVSegConfig) -> None:
         super().__init__(config)
-        vision = config.clip_config.vision_config
         self.clip = self.build_clip(config)
         self.proposal_network = MaskProposalNetwork(config.mask_config, config.clip_config.projection_dim)
         self.no_object_embedding = nn.Parameter(torch.zeros(1, config.clip_config.projection_dim))
-        num_patches = (config.crop_size // vision.patch_size) ** 2
-        self.visual_prompts = None
-        if config.prompt_type == "mask":
-            self.visual_prompts = MaskPrompts(config.prompt_depth, num_patches, vision.hidden_size)
-        elif config.prompt_type == "deep":
-            self.visual_prompts = DeepPrompts(config.prompt_depth, config.num_deep_prompts, vision.hidden_size)
+        self.visual_prompts = self._build_visual_prompts()
         self.text_prompt = None
         if config.num_context_vectors:
             text_width = config.clip_config.text_config.hidden_size
@@ -74,6 +71,46 @@ class OVSegForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
             normalise_per_process=config.normalise_per_process,
         )
         self.post_init()
+        self.freeze_pretrained()
+
+    @classmethod
+    def config_for_clip(cls, clip_config: CLIPConfig) -> dict[str, Any]:
+        """Crops have the size that CLIP was trained with; prompts replace patches before at most three blocks."""
+        vision = clip_config.vision_config
+        return {"crop_size": vision.image_size, "prompt_depth": min(3, vision.num_hidden_layers)}
+
+    def _build_visual_prompts(self) -> MaskPrompts | DeepPrompts | None:
+        config, vision = self.config, self.config.clip_config.vision_config
+        if config.prompt_type == "mask":
+            return MaskPrompts(config.prompt_depth, (config.crop_size // vision.patch_size) ** 2, vision.hidden_size)
+        if config.prompt_type == "deep":
+            return DeepPrompts(config.prompt_depth, config.num_deep_prompts, vision.hidden_size)
+        return None
+
+    def set_visual_prompts(
+        self, prompt_type: str, depth: int | None = None, num_deep_prompts: int | None = None
+    ) -> None:
+        """Take the visual prompts off ("none"), or put new, randomly initialised ones in their place.
+
+        Args:
+            prompt_type: "mask", "deep" or "none".
+            depth, num_deep_prompts: see the configuration, whose values they replace; None keeps those.
+
+        Raises:
+            ValueError: values that do not fit CLIP. The model is then as it was.
+        """
+        changes = {"prompt_type": prompt_type, "prompt_depth": depth, "num_deep_prompts": num_deep_prompts}
+        changes = {name: value for name, value in changes.items() if value is not None}
+        tried = copy.deepcopy(self.config)
+        for config in (tried, self.config):
+            for name, value in changes.items():
+                setattr(config, name, value)
+            config.validate()
+        prompts = self._build_visual_prompts()
+        if prompts is not None:
+            prompts.to(self.device, self.dtype)
+            self._init_weights(prompts)
+        self.visual_prompts = prompts
         self.freeze_pretrained()
 
     def freeze_pretrained(self) -> None:
@@ -115,10 +152,21 @@ class OVSegForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
         reshaped_input_sizes: torch.Tensor,
         crop_batch_size: int | None,
         ensemble_weight: float | None,
-        **inputs: Any,
+        sliding_window: bool = False,
+        **unused: Any,
     ) -> OVSegImageState:
+        config, state = self.config, OVSegImageState()
+        check_ensemble_weight(ensemble_weight)
+        if crop_batch_size is not None and crop_batch_size < 1:
+            raise ValueError(f"crop_batch_size must be at least 1, or None for all at once; got {crop_batch_size}.")
+        if sliding_window:
+            canvas = (config.canvas_pixels, config.canvas_pixels)
+            geometry = (canvas, config.window_pixels, config.window_stride, config.global_view)
+            pixel_values = cut_views(split_pictures(pixel_values, reshaped_input_sizes), *geometry)
+            reshaped_input_sizes = torch.tensor([pixel_values.shape[-2:]] * len(pixel_values))
+            state.view_boxes, state.canvas_size = view_boxes(*geometry), canvas
         *auxiliary, last = self.proposal_network(pixel_values, all_layers=for_training)
-        state = OVSegImageState(proposal_embeddings=last.embeddings, mask_logits=last.mask_logits)
+        state.proposal_embeddings, state.mask_logits = last.embeddings, last.mask_logits
         if for_training:
             state.auxiliary = auxiliary
         elif ensemble_weight is not None:
@@ -140,7 +188,7 @@ class OVSegForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
             self._binary_masks(m, pixel_values.shape[-2:], size) for m, size in zip(mask_logits, sizes, strict=True)
         ]
         valid = torch.stack([m.flatten(1).any(dim=1) for m in masks])
-        features = mask_logits.new_zeros(*valid.shape, self.embedding_size)
+        features = torch.zeros(*valid.shape, self.embedding_size, device=valid.device)
         which = valid.nonzero()
         chunk = crop_batch_size or max(len(which), 1)
         found = [
@@ -185,7 +233,8 @@ class OVSegForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
 
     def _encode_crops(self, crops: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
         features = encode_crops(self.clip.vision_model, self.clip.visual_projection, crops, masks, self.visual_prompts)
-        return normalize(features, dim=-1)
+        # float32: logits are a hundred times these, which half precision would blur
+        return normalize(features.float(), dim=-1)
 
     # ------------------------------------------------------------------ classes
 
@@ -209,24 +258,26 @@ class OVSegForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
             outputs.loss_dict = self._losses(state, class_logits, text_embeds, labels.to(self.device), sample_seeds)
             outputs.loss = sum_losses(outputs.loss_dict)
             return outputs
-        own = class_logits.float().softmax(dim=-1)[..., :-1]
+        check_ensemble_weight(ensemble_weight)
+        own = class_logits.softmax(dim=-1)[..., :-1]
         if ensemble_weight is None:
             scores = own
         else:
             scores = self._ensemble(own, state, text_embeds, ensemble_weight, class_is_seen)
         if self.config.demo_mode:
             best = scores.argmax(dim=1)
-            picked = torch.zeros_like(state.valid).scatter_(1, best, True)
+            picked = torch.zeros(scores.shape[:2], dtype=torch.bool, device=scores.device).scatter_(1, best, True)
             scores = scores * picked[..., None]
             outputs.mask_threshold = self.config.mask_threshold
         outputs.class_queries_scores = scores
-        if output_maps:
+        if output_maps and state.valid is not None:
             outputs.maps = {"valid_proposals": state.valid, "crop_features": state.crop_features}
         return outputs
 
     def _proposal_logits(self, embeddings: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
-        classifier = torch.cat([text_embeds, self.no_object_embedding.to(text_embeds.dtype)])
-        return self.config.temperature * normalize(embeddings, dim=-1) @ normalize(classifier, dim=-1).T
+        """`[..., K+1]` float32 of embeddings `[..., D]`; "no object" is the last column."""
+        classifier = torch.cat([text_embeds.float(), self.no_object_embedding.float()])
+        return self.config.temperature * normalize(embeddings.float(), dim=-1) @ normalize(classifier, dim=-1).T
 
     def _ensemble(
         self, own: torch.Tensor, state: OVSegImageState, text_embeds: torch.Tensor, weight: float, class_is_seen: Any
@@ -236,7 +287,7 @@ class OVSegForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
             raise ValueError(
                 "ensemble_weight needs CLIP's view of the proposals, but encode_image was told ensemble_weight=None."
             )
-        crops = (self.config.temperature * state.crop_features @ text_embeds.T).float().softmax(dim=-1)
+        crops = (self.config.temperature * state.crop_features @ text_embeds.float().T).softmax(dim=-1)
         if weight <= 0:
             return crops * state.valid[..., None]
         crops = torch.where(state.valid[..., None], crops, 1.0)
@@ -269,3 +320,6 @@ def _by_picture(rows: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
     """Split rows (picture, query), sorted by picture, into (picture, queries)."""
     pictures, counts = rows[:, 0].unique_consecutive(return_counts=True)
     yield from zip(pictures.tolist(), rows[:, 1].split(counts.tolist()), strict=True)
+
+
+__all__ = ["OVSegForOpenVocabularySegmentation", "OVSegImageState"]
