@@ -15,7 +15,7 @@ centres, no anti-aliasing):
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -77,36 +77,16 @@ def post_process_semantic_segmentation(
         ValueError: outputs of neither family, with NaN, or with rows that are not pictures x views; a number of target
             sizes that differs from the number of pictures; a background index out of range; a threshold not in [0, 1].
     """
-    if (outputs.logits is None) == (outputs.class_queries_scores is None):
-        raise ValueError(
-            "The outputs must hold either logits (per-class family) or class_queries_scores and masks_queries_logits "
-            "(mask family)."
-        )
     if threshold is not None and not 0 <= threshold <= 1:
         raise ValueError(f"threshold is a confidence in [0, 1], got {threshold}.")
-    per_class = outputs.logits is not None
-    num_rows, num_classes = (
-        outputs.logits.shape[:2]
-        if per_class
-        else (len(outputs.class_queries_scores), outputs.class_queries_scores.shape[2])
-    )
-    num_views = 1 if outputs.view_boxes is None else len(outputs.view_boxes)
-    if num_rows % num_views:
-        raise ValueError(f"{num_rows} rows of output are not a multiple of the {num_views} sliding views.")
-    sizes = _target_sizes(outputs, target_sizes, num_rows // num_views)
-    folded, no_object = _background(background, num_classes, per_class)
+    num_pictures, num_classes = count_pictures(outputs)
+    sizes = _target_sizes(outputs, target_sizes, num_pictures)
+    folded, no_object = _background(background, num_classes, outputs.logits is not None)
     with_total = return_confidence or threshold is not None
+    fields = score_fields(outputs, sizes, resizes_mask_logits, no_object, pruned=not return_segmentation_scores)
     results = []
-    # autocast would compute scores with 8 bits of mantissa
-    with torch.autocast(_maps(outputs).device.type, enabled=False):
-        for picture, size in enumerate(sizes):
-            rows = slice(picture * num_views, (picture + 1) * num_views)
-            pruned = not return_segmentation_scores
-            if per_class:
-                field, classes = _class_field(outputs, rows, pruned)
-            else:
-                target = size if resizes_mask_logits and outputs.view_boxes is None else None
-                field, classes = _mask_field(outputs, rows, picture, target, no_object, pruned)
+    with full_precision(outputs):
+        for (field, classes), size in zip(fields, sizes, strict=True):
             drawn = draw_label_map(field, size, with_total, return_segmentation_scores)
             results.append(_finish(drawn, classes, num_classes, folded, with_total, threshold))
     if not (return_segmentation_scores or return_confidence):
@@ -114,6 +94,58 @@ def post_process_semantic_segmentation(
     for result in results:
         result["confidence"] = result["confidence"] if return_confidence else None
     return [OpenVocabularySegmentationPostProcessorOutput(result) for result in results]
+
+
+def count_pictures(outputs: OpenVocabularySegmentationOutput) -> tuple[int, int]:
+    """Number of pictures and of classes in the outputs of a model of either family.
+
+    Raises:
+        ValueError: outputs of neither family, or with rows that are not pictures x views.
+    """
+    if (outputs.logits is None) == (outputs.class_queries_scores is None):
+        raise ValueError(
+            "The outputs must hold either logits (per-class family) or class_queries_scores and masks_queries_logits "
+            "(mask family)."
+        )
+    num_rows, num_classes = (
+        outputs.logits.shape[:2]
+        if outputs.logits is not None
+        else (len(outputs.class_queries_scores), outputs.class_queries_scores.shape[2])
+    )
+    num_views = 1 if outputs.view_boxes is None else len(outputs.view_boxes)
+    if num_rows % num_views:
+        raise ValueError(f"{num_rows} rows of output are not a multiple of the {num_views} sliding views.")
+    return num_rows // num_views, num_classes
+
+
+def full_precision(outputs: OpenVocabularySegmentationOutput) -> torch.autocast:
+    """A context without autocast, which would compute scores with 8 bits of mantissa."""
+    return torch.autocast(_maps(outputs).device.type, enabled=False)
+
+
+def score_fields(
+    outputs: OpenVocabularySegmentationOutput,
+    sizes: Sequence[tuple[int, int]],
+    resizes_mask_logits: bool = True,
+    no_object: bool = False,
+    pruned: bool = False,
+) -> Iterator[tuple[Field, torch.Tensor]]:
+    """Per picture its scores, not yet evaluated anywhere, and the indices of the classes that they are of. Use it
+    within `full_precision(outputs)`.
+
+    Args:
+        sizes: (height, width) that each picture's scores are meant for.
+        no_object: mask family: no-object is one more class behind the others.
+        pruned: leave out classes that cannot win a pixel.
+    """
+    num_views = 1 if outputs.view_boxes is None else len(outputs.view_boxes)
+    for picture, size in enumerate(sizes):
+        rows = slice(picture * num_views, (picture + 1) * num_views)
+        if outputs.logits is not None:
+            yield _class_field(outputs, rows, pruned)
+        else:
+            target = size if resizes_mask_logits and outputs.view_boxes is None else None
+            yield _mask_field(outputs, rows, picture, target, no_object, pruned)
 
 
 def _maps(outputs: OpenVocabularySegmentationOutput) -> torch.Tensor:

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from datasets import Dataset, DatasetDict, Features, Image, IterableDatasetDict, Value, load_dataset, load_from_disk
+from datasets import (
+    Dataset,
+    DatasetDict,
+    Features,
+    Image,
+    IterableDataset,
+    IterableDatasetDict,
+    Value,
+    load_dataset,
+    load_from_disk,
+)
 from PIL import Image as PILImage
 
 from ..label_maps import IGNORED, ignore_ids, read_label_map
@@ -44,7 +54,7 @@ class SegmentationData:
         reduce_labels: id 0 is ignored and every other id is lowered by one, before `ignore_index` is looked at.
     """
 
-    splits: DatasetDict
+    splits: DatasetDict | IterableDatasetDict
     vocabulary: Vocabulary
     ignore_index: tuple[int, ...] = ()
     reduce_labels: bool = False
@@ -63,6 +73,53 @@ class SegmentationData:
         return LabelledPictures(
             self, name, rows if max_samples is None else rows.select(range(min(max_samples, len(rows))))
         )
+
+    def stream(self, name: str) -> LabelledStream:
+        """The same of a data set that was loaded with `streaming=True`.
+
+        Raises:
+            ValueError: no such split.
+        """
+        if name not in self.splits:
+            raise ValueError(f"There is no split {name!r}. This data set has: {', '.join(self.splits)}.")
+        return LabelledStream(self, name, self.splits[name])
+
+    def check(self, row: Mapping[str, Any], name: str) -> LabelledPicture:
+        """Picture and class ids of a decoded row.
+
+        Args:
+            name: what messages call it.
+
+        Raises:
+            ValueError: no label map, one of another size than the picture, or with ids that are no class.
+        """
+        image = row["image"]
+        if row["annotation"] is None:
+            raise ValueError(f"{name}: it has no label map. Leave unlabelled samples out, or take another split.")
+        label_map = self._class_ids(row["annotation"], name)
+        if label_map.shape != (image.height, image.width):
+            raise ValueError(
+                f"{name}: its label map is {label_map.shape[1]} x {label_map.shape[0]} pixels, its picture "
+                f"{image.width} x {image.height} (width x height). They must have one size."
+            )
+        return LabelledPicture(image.convert("RGB"), label_map)
+
+    def _class_ids(self, annotation: Any, name: str) -> np.ndarray:
+        try:
+            ids = read_label_map(annotation)
+            if self.reduce_labels:
+                ids = np.where(ids == 0, IGNORED, ids - 1)
+            ids = ignore_ids(ids, self.ignore_index).astype(np.int32)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{name}: {error}") from error
+        num_classes, highest = len(self.vocabulary), int(ids.max())
+        if highest >= num_classes:
+            raise ValueError(
+                f"{name}: its label map holds the id {highest}, but the classes are 0 to {num_classes - 1} and the "
+                f"ignored ids {list(self.ignore_index)}. Is it an ignored id? Give ignore_index. Is 0 the "
+                f"unlabelled id, and do the classes start at 1? Set reduce_labels."
+            )
+        return ids
 
 
 class LabelledPicture(NamedTuple):
@@ -83,36 +140,43 @@ class LabelledPictures:
 
     def __getitem__(self, index: int) -> LabelledPicture:
         row = self.rows[int(index)]
-        image = row["image"]
-        name = f"sample {index} of split {self.split!r}"
-        if file := row.get("file_name") or getattr(image, "filename", None):
-            name += f" ({Path(file).name})"
-        if row["annotation"] is None:
-            raise ValueError(f"{name}: it has no label map. Leave unlabelled samples out, or take another split.")
-        label_map = self._class_ids(row["annotation"], name)
-        if label_map.shape != (image.height, image.width):
-            raise ValueError(
-                f"{name}: its label map is {label_map.shape[1]} x {label_map.shape[0]} pixels, its picture "
-                f"{image.width} x {image.height} (width x height). They must have one size."
-            )
-        return LabelledPicture(image.convert("RGB"), label_map)
+        return self.data.check(row, _place(index, self.split, row))
 
-    def _class_ids(self, annotation: Any, name: str) -> np.ndarray:
-        try:
-            ids = read_label_map(annotation)
-            if self.data.reduce_labels:
-                ids = np.where(ids == 0, IGNORED, ids - 1)
-            ids = ignore_ids(ids, self.data.ignore_index).astype(np.int32)
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"{name}: {error}") from error
-        num_classes, highest = len(self.data.vocabulary), int(ids.max())
-        if highest >= num_classes:
-            raise ValueError(
-                f"{name}: its label map holds the id {highest}, but the classes are 0 to {num_classes - 1} and the "
-                f"ignored ids {list(self.data.ignore_index)}. Is it an ignored id? Give ignore_index. Is 0 the "
-                f"unlabelled id, and do the classes start at 1? Set reduce_labels."
-            )
-        return ids
+    def file_name(self, index: int) -> str:
+        """The picture's file name, its index where the data set has none."""
+        return str(self.rows[index : index + 1].get("file_name", [index])[0])
+
+
+class LabelledStream:
+    """A streamed split, each sample checked when it is read."""
+
+    def __init__(self, data: SegmentationData, split: str, rows: IterableDataset) -> None:
+        self.data, self.split, self.rows = data, split, rows
+
+    def samples(
+        self, wanted: Callable[[int], bool], max_samples: int | None = None
+    ) -> Iterator[tuple[int, str, LabelledPicture]]:
+        """(index, file name, picture) of the samples whose index is wanted; only those are decoded.
+
+        Args:
+            max_samples: only the first so many of the stream; None: all.
+        """
+        decoder = Image()
+        rows = self.rows
+        for column in ("image", "annotation"):
+            rows = rows.cast_column(column, Image(decode=False))
+        for index, row in enumerate(rows if max_samples is None else rows.take(max_samples)):
+            if wanted(index):
+                for column in ("image", "annotation"):
+                    row[column] = None if row[column] is None else decoder.decode_example(row[column])
+                yield index, str(row.get("file_name", index)), self.data.check(row, _place(index, self.split, row))
+
+
+def _place(index: int, split: str, row: Mapping[str, Any]) -> str:
+    name = f"sample {index} of split {split!r}"
+    if file := row.get("file_name") or getattr(row["image"], "filename", None):
+        name += f" ({Path(file).name})"
+    return name
 
 
 def load_segmentation_data(
@@ -126,6 +190,7 @@ def load_segmentation_data(
     protocol: str | None = None,
     ignore_index: int | Sequence[int] | None = None,
     reduce_labels: bool = False,
+    streaming: bool = False,
 ) -> SegmentationData:
     """Load a data set of pictures and label maps.
 
@@ -140,39 +205,47 @@ def load_segmentation_data(
         protocol: whose spelling of a packaged benchmark's names, where the methods differ.
         ignore_index: ids in the label maps that are no class.
         reduce_labels: see `SegmentationData`.
+        streaming: read while going, for `SegmentationData.stream` (parquet folders and Hub ids).
 
     Raises:
         FileNotFoundError: a folder without what it needs.
-        ValueError: columns or names that cannot be found, label maps without pictures, streaming data.
+        ValueError: columns or names that cannot be found, label maps without pictures, streaming of what cannot be.
     """
     path = Path(name)
-    splits = _load_splits(path, str(name), config_name, revision)
+    splits = _load_splits(path, str(name), config_name, revision, streaming)
     first = next(iter(splits.values()))
     image_column, annotation_column = _find_columns(first.features, image_column, annotation_column)
     names = class_names if class_names is not None else _names_beside(path)
     names = names_from_features(splits) if names is None else names
     ignored = (ignore_index,) if isinstance(ignore_index, int) else tuple(ignore_index or ())
+    kind = IterableDatasetDict if streaming else DatasetDict
     return SegmentationData(
-        splits=DatasetDict({key: _rename(split, image_column, annotation_column) for key, split in splits.items()}),
+        splits=kind({key: _rename(split, image_column, annotation_column) for key, split in splits.items()}),
         vocabulary=_vocabulary(names, protocol),
         ignore_index=ignored,
         reduce_labels=reduce_labels,
     )
 
 
-def _load_splits(path: Path, name: str, config_name: str | None, revision: str | None) -> DatasetDict:
-    if (path / "images").is_dir() and (path / "annotations").is_dir():
+def _load_splits(
+    path: Path, name: str, config_name: str | None, revision: str | None, streaming: bool
+) -> DatasetDict | IterableDatasetDict:
+    tree = (path / "images").is_dir() and (path / "annotations").is_dir()
+    saved = (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
+    if streaming and (tree or saved):
+        raise ValueError(f"{path} has random access and is not streamed: leave streaming out.")
+    if tree:
         return _local_tree(path)
-    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+    if saved:
         loaded = load_from_disk(str(path))
     else:
         if not path.is_dir() and name.startswith((".", "/", "~")):
             raise FileNotFoundError(f"There is no folder {path}.")
-        loaded = load_dataset(name, config_name, revision=revision)
+        loaded = load_dataset(name, config_name, revision=revision, streaming=streaming)
     if isinstance(loaded, Dataset):
         loaded = DatasetDict({"train": loaded})
-    if isinstance(loaded, IterableDatasetDict) or not isinstance(loaded, DatasetDict):
-        raise ValueError(f"{name} loads as {type(loaded).__name__}; training needs a dataset with random access.")
+    if not isinstance(loaded, IterableDatasetDict if streaming else DatasetDict):
+        raise ValueError(f"{name} loads as {type(loaded).__name__}, not as a dictionary of splits.")
     return loaded
 
 
@@ -224,7 +297,7 @@ def _choose(columns: list[str], usual: Sequence[str]) -> str | None:
     return known[0] if known else columns[0] if len(columns) == 1 else None
 
 
-def _rename(split: Dataset, image: str, annotation: str) -> Dataset:
+def _rename(split: Any, image: str, annotation: str) -> Any:
     wanted = {image: "image", annotation: "annotation"}
     taken = [new for old, new in wanted.items() if new in split.column_names and new not in wanted]
     split = split.remove_columns(taken)

@@ -23,11 +23,11 @@ from tqdm.auto import tqdm
 from .. import ledger
 from ..data.augmentation import build_augmentations
 from ..data.datasets import LabelledPictures, SegmentationData, load_segmentation_data
+from ..evaluation.prediction import evaluate
 from ..strict_mapping import RecipeError
 from .building import build_model_and_processor, trainable_parameters
 from .checkpointing import CheckpointStore, TrainingState
 from .data_loading import StepBatches, TrainingSamples, training_loader
-from .evaluation import evaluate
 from .exporting import export_model
 from .optimization import build_optimizer, learning_rate_factor, set_learning_rates
 from .randomness import seed_step

@@ -10,9 +10,9 @@ from accelerate import Accelerator
 
 from ..data.datasets import LabelledPictures
 from ..data.scene_vocabulary import TIERS, SceneVocabulary
+from ..evaluation.prediction import evaluate
 from ..metrics import SegmentationScores
 from ..vocabulary import Vocabulary
-from .evaluation import evaluate
 
 
 def evaluate_scenes(
