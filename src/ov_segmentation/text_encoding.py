@@ -127,7 +127,7 @@ class TextEmbeddingCache:
         """
         parameters = list(parameters)
         state = _weights_state(parameters)
-        key = _hash_tensors([input_ids] if attention_mask is None else [input_ids, attention_mask])
+        key = hash_tensors([input_ids] if attention_mask is None else [input_ids, attention_mask])
         if key in self._entries and self._entries[key][0] == state:
             self._entries.move_to_end(key)
             return self._entries[key][1]
@@ -157,7 +157,7 @@ class TextEmbeddingCache:
         recipe: str,
     ) -> torch.Tensor:
         if self._digest is None or self._digest[0] != state:
-            self._digest = (state, _hash_tensors(parameters))
+            self._digest = (state, hash_tensors(parameters))
         name = hashlib.sha256(f"{self._digest[1]} {key} {_autocast_dtype(parameters)} {recipe}".encode()).hexdigest()
         path = folder / f"{name}.safetensors"
         device = parameters[0].device
@@ -192,7 +192,8 @@ def _autocast_dtype(parameters: list[torch.Tensor]) -> torch.dtype | None:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
 
 
-def _hash_tensors(tensors: Iterable[torch.Tensor]) -> str:
+def hash_tensors(tensors: Iterable[torch.Tensor]) -> str:
+    """SHA-256 of types, shapes and bytes, hexadecimal."""
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())

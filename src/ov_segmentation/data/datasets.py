@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -144,7 +145,13 @@ class LabelledPictures:
 
     def file_name(self, index: int) -> str:
         """The picture's file name, its index where the data set has none."""
-        return str(self.rows[index : index + 1].get("file_name", [index])[0])
+        return str(index) if self._file_names is None else self._file_names[index]
+
+    @cached_property
+    def _file_names(self) -> list[str] | None:
+        # alone, so that no picture is decoded for its name
+        named = "file_name" in self.rows.column_names
+        return list(self.rows.select_columns("file_name")["file_name"]) if named else None
 
 
 class LabelledStream:
@@ -212,7 +219,7 @@ def load_segmentation_data(
         ValueError: columns or names that cannot be found, label maps without pictures, streaming of what cannot be.
     """
     path = Path(name)
-    splits = _load_splits(path, str(name), config_name, revision, streaming)
+    splits = load_splits(name, config_name, revision, streaming)
     first = next(iter(splits.values()))
     image_column, annotation_column = _find_columns(first.features, image_column, annotation_column)
     names = class_names if class_names is not None else _names_beside(path)
@@ -227,9 +234,11 @@ def load_segmentation_data(
     )
 
 
-def _load_splits(
-    path: Path, name: str, config_name: str | None, revision: str | None, streaming: bool
+def load_splits(
+    name: str | Path, config_name: str | None = None, revision: str | None = None, streaming: bool = False
 ) -> DatasetDict | IterableDatasetDict:
+    """The splits of a folder or Hub id as they are; arguments and errors: see [`load_segmentation_data`]."""
+    path, name = Path(name), str(name)
     tree = (path / "images").is_dir() and (path / "annotations").is_dir()
     saved = (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
     if streaming and (tree or saved):

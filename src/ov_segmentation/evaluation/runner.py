@@ -1,0 +1,185 @@
+"""One benchmark: every picture once, counted, on the disk, summed over processes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+
+from ..data.benchmarks import EvaluationProtocol
+from ..data.datasets import SegmentationData
+from ..metrics import ConfusionMatrix
+from ..text_encoding import hash_tensors
+from .oracle import Oracle, with_oracle_classes, with_oracle_masks
+from .pictures import PictureShare, PictureStream
+from .prediction import predictions
+from .state import EvaluationError, EvaluationState, Record
+
+PLAIN = "plain"
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What an evaluation counted.
+
+    Attributes:
+        matrices: by mode: "plain" and the oracles.
+        pictures: how many.
+        seconds: spent on them, summed over processes and over the pieces of an interrupted run.
+    """
+
+    matrices: dict[str, ConfusionMatrix]
+    pictures: int
+    seconds: float
+
+
+def weights_digest(model: Any) -> str:
+    """Which weights a model has."""
+    return hash_tensors(tensor for _, tensor in sorted(model.state_dict().items()))[:16]
+
+
+def count_pixels(
+    model: Any,
+    processor: Any,
+    protocol: EvaluationProtocol,
+    data: SegmentationData,
+    accelerator: Accelerator,
+    folder: Path,
+    *,
+    place: str,
+    oracles: Sequence[Oracle] = (),
+    streaming: bool = False,
+    max_samples: int | None = None,
+    num_workers: int = 0,
+    restart: bool = False,
+    text_cache: str | None = None,
+    progress: Callable[[Any, int | None, int], Any] = lambda loader, total, done: loader,
+) -> Counts:
+    """Run a model over a benchmark's split; every process calls it.
+
+    Args:
+        model: in evaluation mode, on the accelerator's device, not wrapped.
+        folder: of this evaluation; what it holds of the same one is not done again.
+        place: where the data set came from, to recognise the evaluation by.
+        oracles: also count with perfect masks or perfect names.
+        max_samples: only the first so many pictures.
+        num_workers: processes that read pictures, per process.
+        restart: forget what `folder` holds.
+        text_cache: folder for text embeddings.
+        progress: wraps the loader, given this process's number of pictures (None: unknown) and of those done before.
+
+    Raises:
+        EvaluationError: `folder` holds another evaluation; pictures were lost (a stream that changed).
+    """
+    modes = (PLAIN, *oracles)
+    matrices = {mode: ConfusionMatrix(len(protocol.class_names)) for mode in modes}
+    state = EvaluationState(folder, accelerator.process_index)
+    identity = {
+        "protocol": protocol.id,
+        "model": weights_digest(model),
+        "data": place,
+        "modes": list(modes),
+        "max_samples": max_samples,
+    }
+    before: dict[int, Record] = {}
+    if accelerator.is_main_process:
+        if restart:
+            state.remove()
+        before = state.open(identity)
+    accelerator.wait_for_everyone()
+    done = set(broadcast_object_list([sorted(before)])[0])
+    share, total = _share(processor, protocol, data, accelerator, done, streaming, max_samples)
+    if isinstance(share, PictureShare):
+        _check_names(before, share)
+    mine = []
+    if not isinstance(share, PictureShare) or len(share):
+        text = processor(text=protocol.vocabulary, return_tensors="pt").to(accelerator.device)
+        text_embeds = model.encode_vocabulary(**text, cache_folder=text_cache)
+        start = time.perf_counter()
+        for sample, outputs in predictions(
+            model,
+            text_embeds,
+            share,
+            accelerator.device,
+            switches=protocol.switches,
+            num_workers=num_workers,
+            progress=lambda loader: progress(
+                loader, len(share) if isinstance(share, PictureShare) else None, len(done)
+            ),
+        ):
+            single = {mode: ConfusionMatrix(len(protocol.class_names)) for mode in modes}
+            for mode, label_map in _maps(outputs, sample.label_map, processor, protocol, modes).items():
+                single[mode].update(label_map, sample.label_map)
+            now = time.perf_counter()
+            record = Record.of(sample.index, sample.name, now - start, single)
+            start = now
+            state.append(record)
+            record.add_to(matrices)
+            mine.append((record.index, record.seconds))
+    everyone = gather_object(mine)
+    matrices = {mode: matrix.reduce(accelerator) for mode, matrix in matrices.items()}
+    for record in before.values():
+        record.add_to(matrices)
+    indices = [*before, *(index for index, _ in everyone)]
+    if accelerator.is_main_process and (
+        sorted(indices) != list(range(len(indices))) or len(indices) != (total or len(indices))
+    ):
+        raise EvaluationError(
+            f"{len(indices)} results for {total or 'an unknown number of'} pictures: the data set changed during the "
+            f"evaluation. --resume never starts anew."
+        )
+    seconds = sum(record.seconds for record in before.values()) + sum(seconds for _, seconds in everyone)
+    return Counts(matrices, len(indices), seconds)
+
+
+def _share(
+    processor: Any,
+    protocol: EvaluationProtocol,
+    data: SegmentationData,
+    accelerator: Accelerator,
+    done: set[int],
+    streaming: bool,
+    max_samples: int | None,
+) -> tuple[PictureShare | PictureStream, int | None]:
+    """Pictures of this process, and how many the split has (None: a stream does not say)."""
+    process, num_processes = accelerator.process_index, accelerator.num_processes
+    short_side = protocol.annotation_short_side
+    if streaming:
+        stream = data.stream(protocol.split)
+        share = PictureStream(stream, processor.image_processor, done, process, num_processes, short_side, max_samples)
+        return share, None
+    pictures = data.split(protocol.split, max_samples)
+    rest = [index for index in range(len(pictures)) if index not in done]
+    share = PictureShare(pictures, processor.image_processor, rest[process::num_processes], short_side)
+    return share, len(pictures)
+
+
+def _check_names(before: Mapping[int, Record], share: PictureShare) -> None:
+    for record in before.values():
+        if record.index >= len(share.pictures) or record.name != share.pictures.file_name(record.index):
+            raise EvaluationError(
+                f"Picture {record.index} was {record.name} when this evaluation began: the data set has changed. "
+                f"--resume never starts anew."
+            )
+
+
+def _maps(
+    outputs: Any, label_map: torch.Tensor, processor: Any, protocol: EvaluationProtocol, modes: Sequence[str]
+) -> Mapping[str, torch.Tensor]:
+    """Per mode the map of predicted label ids `[H, W]`."""
+    size = [tuple(label_map.shape)]
+    prediction = processor.post_process_semantic_segmentation(outputs, target_sizes=size)[0].cpu()
+    label_of_class = torch.tensor(protocol.label_of_class)
+    maps = {PLAIN: label_of_class[prediction]}
+    if "masks" in modes:
+        names = with_oracle_masks(outputs, label_map, processor.image_processor.resizes_mask_logits)
+        maps["masks"] = torch.where(names >= 0, label_of_class[names.clamp(min=0)], names)
+    if "classes" in modes:
+        maps["classes"] = with_oracle_classes(prediction, label_map, label_of_class)
+    return maps
