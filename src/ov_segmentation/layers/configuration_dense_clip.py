@@ -1,4 +1,4 @@
-"""Configuration of what CAT-Seg and ESC-Net share: dense CLIP features, windowed aggregation, a decoder of two stages."""
+"""What the configurations of CAT-Seg and ESC-Net share: dense CLIP features, windowed aggregation, the decoder."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from transformers import CLIPConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
 from ..configuration_base import OpenVocabularySegmentationConfig
-from .model_views import Windows
+from .sliding_window import Windows
 
 VIT_B_16 = {"vision_config": {"patch_size": 16, "image_size": 224}}
 # positions along a side in the published models

@@ -7,17 +7,7 @@ from typing import NamedTuple
 import torch
 
 from .picture_stretching import stretch_pictures
-from .sliding_window import cut_views, resize, split_pictures, view_boxes
-
-
-class Windows(NamedTuple):
-    """Of a sliding window: side of a window, distance between windows, (height, width) of the canvas they are cut
-    from, and whether the whole picture is one more view. In canvas pixels."""
-
-    pixels: int
-    stride: int
-    canvas_size: tuple[int, int]
-    global_view: bool
+from .sliding_window import Windows, cut_views, resize, split_pictures, view_boxes
 
 
 class ModelViews(NamedTuple):

@@ -22,8 +22,6 @@ from .sliding_window import resize
 MASK_SCALE = 4
 # the labels of SAM's point prompts
 FOREGROUND, NOT_A_POINT = 1, -1
-# original SAM has torch's default in its two-way blocks, transformers' configuration another
-LAYER_NORM_EPS = 1e-5
 
 
 class PseudoPromptEncoder(nn.Module):

@@ -8,9 +8,20 @@ The model sees every view as a picture of its own (row b * V + v); post-processi
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
+
+
+class Windows(NamedTuple):
+    """Of a sliding window: side of a window, distance between windows, (height, width) of the canvas they are cut
+    from, and whether the whole picture is one more view. In canvas pixels."""
+
+    pixels: int
+    stride: int
+    canvas_size: tuple[int, int]
+    global_view: bool
 
 
 def resize(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:

@@ -9,20 +9,21 @@ from transformers import PreTrainedConfig, SamConfig
 from transformers.configuration_utils import SubConfigSpec
 
 from ...layers.configuration_dense_clip import DenseCLIPConfig
-from ...layers.sam_blocks import LAYER_NORM_EPS
 
 PROMPT_TYPES = ("points", "boxes", "masks")
 # two-way blocks of every published SAM
 SAM_DEPTH = 2
+# original SAM has torch's default in its two-way blocks, transformers' configuration another
+SAM_LAYER_NORM_EPS = 1e-5
 
 
 @strict
 class ESCNetConfig(DenseCLIPConfig):
     """Configuration of [`ESCNetForOpenVocabularySegmentation`]; the defaults are the ViT-B/16 model.
 
-    No code of the authors is public. Said by the paper: N = 4 blocks, N_o = 5 objects, points and masks as prompts,
-    CLIP ViT-L/14 at 336 pixels, skips at a third and two thirds of the image tower, decoder of two stages, one template,
-    learning rates. Every other default is a decision of ours, where there was something to follow CAT-Seg's.
+    No code of the authors is public. The paper says: N = 4 blocks, N_o = 5 objects, points and masks as prompts, CLIP
+    ViT-L/14 at 336 pixels, skips at a third and two thirds of the image tower, a decoder of two stages, one template,
+    the learning rates. Every other default is a decision of ours, which follows CAT-Seg where it could.
 
     Args:
         sam_config: `SamConfig`; its mask decoder gives the width and heads of the SAM blocks. What it says about
@@ -52,7 +53,7 @@ class ESCNetConfig(DenseCLIPConfig):
     sub_configs_defaults = {
         **DenseCLIPConfig.sub_configs_defaults,
         "sam_config": SubConfigSpec(
-            config_class=SamConfig, init_kwargs={"mask_decoder_config": {"layer_norm_eps": LAYER_NORM_EPS}}
+            config_class=SamConfig, init_kwargs={"mask_decoder_config": {"layer_norm_eps": SAM_LAYER_NORM_EPS}}
         ),
     }
 

@@ -22,13 +22,13 @@ from ...layers.linear_attention import ClassSums
 from ...layers.model_views import make_model_views
 from ...layers.projected_skip import ProjectedSkip
 from ...layers.pseudo_prompts import PseudoPrompts
-from ...layers.sam_blocks import LAYER_NORM_EPS, PseudoPromptEncoder, init_prompt_encoder, load_sam_parts
+from ...layers.sam_blocks import PseudoPromptEncoder, init_prompt_encoder, load_sam_parts
 from ...layers.upsampling import GuidedUpsampling, PreparedUpsampling
 from ...losses_per_class import per_class_cross_entropy
 from ...modeling_base import OpenVocabularySegmentationModel
 from ...modeling_outputs import ImageState, OpenVocabularySegmentationOutput
 from .blocks import ClassChunk, ESCNetBlock, chunk_bounds
-from .configuration_esc_net import ESCNetConfig
+from .configuration_esc_net import SAM_LAYER_NORM_EPS, ESCNetConfig
 
 # logit of a rejected class: finite, because interpolating -inf gives NaN
 REJECTED = -100.0
@@ -136,7 +136,7 @@ class ESCNetForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
         if not isinstance(sam, SamModel):
             sam = SamModel.from_pretrained(sam)
         values = {name: getattr(sam.config, name).to_dict() for name in sam.config.sub_configs}
-        values["mask_decoder_config"]["layer_norm_eps"] = LAYER_NORM_EPS
+        values["mask_decoder_config"]["layer_norm_eps"] = SAM_LAYER_NORM_EPS
         model = cls.from_clip(clip, **{**config, "sam_config": values})
         model.load_sam(sam)
         return model
@@ -259,7 +259,7 @@ class ESCNetForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
         kept: torch.Tensor | None,
         chunk_size: int | None,
     ) -> Iterator[ClassChunk]:
-        """The pairs that are kept, row by row, with their embedded correlation and the tokens `[K, T, S]` of the class."""
+        """The pairs that are kept, row by row, with embedded correlation and the `tokens` `[K, T, S]` of the class."""
         num_rows, num_classes = cost.shape[:2]
         if kept is None:
             counts = [num_classes] * num_rows
@@ -375,7 +375,7 @@ def average_over_classes(chunks: list[ClassChunk], num_classes: int) -> None:
 
 
 def record_prompts(chunk: ClassChunk, prompts: PseudoPrompts, index: int) -> None:
-    """Keep the prompts of block `index`: masks `[n, h, w]`, and points `[n, objects, 3]`: x, y, and whether it is one."""
+    """Keep the prompts of block `index`: masks `[n, h, w]`; points `[n, objects, 3]`: x, y, and whether it is one."""
     chunk.records[f"mask_prompt_{index}"] = prompts.masks
     valid = prompts.valid[..., None].to(prompts.points.dtype)
     chunk.records[f"point_prompt_{index}"] = torch.cat([prompts.points, valid], dim=-1)
