@@ -10,6 +10,7 @@ import warnings
 from collections import OrderedDict
 from typing import Any, NamedTuple
 
+import transformers
 from transformers import AutoConfig, AutoImageProcessor, AutoProcessor
 from transformers.models.auto.auto_factory import _BaseAutoModelClass, _LazyAutoMapping
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
@@ -81,20 +82,26 @@ class _LazyClass:
 
 
 class _ByConfig(_LazyAutoMapping):
-    """Configuration class -> model class, for our methods only."""
+    """Configuration class -> model class, for our methods and plain CLIPs."""
 
     def _load_attr_from_module(self, model_type: str, attr: str) -> Any:
-        return load_class(attr)
+        return load_class(attr) if attr in CLASS_MODULES else getattr(transformers, attr)
 
 
+# a plain CLIP is segmented with by DeOP's severance, which needs no training
 MODEL_FOR_OPEN_VOCABULARY_SEGMENTATION_MAPPING = _ByConfig(
-    OrderedDict((method.model_type, method.config) for method in METHODS),
-    OrderedDict((method.model_type, method.model) for method in METHODS),
+    OrderedDict([*((method.model_type, method.config) for method in METHODS), ("clip", "CLIPConfig")]),
+    OrderedDict(
+        [*((method.model_type, method.model) for method in METHODS), ("clip", "DeOPForOpenVocabularySegmentation")]
+    ),
 )
 
 
 class AutoModelForOpenVocabularySegmentation(_BaseAutoModelClass):
-    """Picks the model class of a checkpoint or configuration: `from_pretrained(path)`, `from_config(config)`."""
+    """Picks the model class of a checkpoint or configuration: `from_pretrained(path)`, `from_config(config)`.
+
+    A plain CLIP (`model_type` "clip") is loaded as a DeOP without training, with a warning that says so.
+    """
 
     _model_mapping = MODEL_FOR_OPEN_VOCABULARY_SEGMENTATION_MAPPING
 

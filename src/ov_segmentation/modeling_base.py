@@ -7,7 +7,7 @@ from typing import Any, ClassVar, get_type_hints
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
@@ -346,6 +346,16 @@ class OpenVocabularySegmentationModel(FromCLIPMixin, PreTrainedModel):
                 f"labels hold class {highest}, but only {num_classes} class names were given. Is it the ignore index? "
                 f"Pass ignore_index={highest} to the processor."
             )
+
+    def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
+        """transformers' `set_attn_implementation`, and of single blocks of transformers' models (MaskFormer's decoder)
+        which hold a configuration of their own."""
+        super().set_attn_implementation(*args, **kwargs)
+        known = {id(module.config) for module in self.modules() if isinstance(module, PreTrainedModel)}
+        for module in self.modules():
+            own = getattr(module, "config", None)
+            if isinstance(own, PreTrainedConfig) and id(own) not in known:
+                own._attn_implementation = self.config._attn_implementation
 
     # ------------------------------------------------------------------ weights
 

@@ -22,6 +22,8 @@ from .vocabulary import Vocabulary, resolve_background, split_names
 logger = logging.get_logger(__name__)
 
 TASK = "open-vocabulary-segmentation"
+DEFAULT_MODEL = ("openai/clip-vit-base-patch16", "main")
+"""Id and revision of the task's default: a plain CLIP, with which DeOP segments without training."""
 OUTPUT_TYPES = ("masks", "map")
 OPTIONS = ("candidate_labels", "background", "threshold", "output_type", "return_confidence", "timeout")
 CACHED_VOCABULARIES = 8
@@ -30,7 +32,8 @@ CACHED_VOCABULARIES = 8
 class OpenVocabularySegmentationPipeline(Pipeline):
     """Segments pictures with class names chosen by the caller.
 
-    `pipeline("open-vocabulary-segmentation", model=path)`, or with a model instance and `processor=`. The options below
+    `pipeline("open-vocabulary-segmentation", model=path)`, or with a model instance and `processor=`. A plain CLIP is
+    taken too: DeOP segments with it without training, with a warning that says what it is. The options below
     may be given here, and again in each call:
 
     Args:
@@ -53,10 +56,14 @@ class OpenVocabularySegmentationPipeline(Pipeline):
     _load_video_processor = False
 
     def __init__(self, model: Any, processor: Any = None, **kwargs: Any) -> None:
+        from transformers import CLIPProcessor
+
         from .processing_base import OpenVocabularySegmentationProcessor
 
         if not hasattr(model, "encode_vocabulary"):
             raise TypeError(f"{type(model).__name__} is not a model for {TASK}.")
+        if isinstance(processor, CLIPProcessor) and hasattr(model, "processor_for_clip"):
+            processor = model.processor_for_clip(processor) or processor
         if not isinstance(processor, OpenVocabularySegmentationProcessor):
             raise TypeError(
                 f"This pipeline needs a processor with a tokenizer, got {type(processor).__name__}. Pass processor=: "
@@ -268,6 +275,7 @@ def register_pipeline() -> None:
         TASK,
         pipeline_class=OpenVocabularySegmentationPipeline,
         pt_model=AutoModelForOpenVocabularySegmentation,
+        default={"model": DEFAULT_MODEL},
         type="multimodal",
     )
     # set by the registry; saving would write it into config.json, and such a folder can't be loaded without our code

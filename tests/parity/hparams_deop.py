@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
 from ov_segmentation.models.deop.configuration_deop import DeOPConfig
 from ov_segmentation.models.deop.image_processing_deop import DeOPImageProcessor
 
 from .hparams_maskformer import mask_config, openai_clip_config
 
+# of the full stop in OpenAI's vocabulary; cut-down fixtures name their own
+DOT_TOKEN_ID = 269
+
 
 def build(hparams: dict[str, Any]) -> tuple[DeOPConfig, DeOPImageProcessor]:
     """The tiny model of a fixture, and its evaluation preprocessing."""
+    if "original_config" not in hparams:
+        return build_prompt_stage(hparams)
     clip, original, cal = hparams["clip"], hparams["original_config"], hparams["cal_decoder"]
     former = original["MASK_FORMER"]
     severance = "mask_gain"
@@ -34,6 +41,7 @@ def build(hparams: dict[str, Any]) -> tuple[DeOPConfig, DeOPImageProcessor]:
         visual_prompt_layers=original["POSITION_LAYERS"],
         visual_prompt_image_size=original["LEARNPOSITIONRES"],
         num_context_vectors=original["PROMPT_SHAPE"][0],
+        dot_token_id=hparams.get("dot_token_id", DOT_TOKEN_ID),
         heatmap_layers=original["NUM_DECODER_LAYER"],
         heatmap_heads=cal["heads"],
         heatmap_attention_heads=cal["heads"],
@@ -52,4 +60,28 @@ def build(hparams: dict[str, Any]) -> tuple[DeOPConfig, DeOPImageProcessor]:
         image_mean=[value / 255 for value in original["PIXEL_MEAN"]],
         image_std=[value / 255 for value in original["PIXEL_STD"]],
         pad_multiple=former["SIZE_DIVISIBILITY"],
+    )
+
+
+def build_prompt_stage(hparams: dict[str, Any]) -> tuple[DeOPConfig, DeOPImageProcessor]:
+    """The model of the first stage, which is CLIP and a text prompt, and the preprocessing of its region crops."""
+    config = DeOPConfig(
+        clip_config=openai_clip_config(
+            embed_dim=hparams["embed"],
+            image_size=hparams["res"],
+            patch_size=hparams["patch_size"],
+            vision=(hparams["vw"], hparams["vl"], hparams["vh"]),
+            text=(hparams["tw"], hparams["tl"], hparams["th"]),
+            vocab_size=hparams["vocab"],
+        ),
+        proposals="none",
+        severance="none",
+        pooling="mask",
+        visual_prompts="none",
+        num_context_vectors=hparams["nprompt"],
+        dot_token_id=DOT_TOKEN_ID,
+        training_stage="prompt",
+    )
+    return config, DeOPImageProcessor(
+        do_resize=False, image_mean=OPENAI_CLIP_MEAN, image_std=OPENAI_CLIP_STD, pad_multiple=None
     )

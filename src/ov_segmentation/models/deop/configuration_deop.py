@@ -3,7 +3,7 @@
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
-from transformers import CLIPConfig, PreTrainedConfig
+from transformers import CLIPConfig, PreTrainedConfig, SamConfig
 from transformers.configuration_utils import SubConfigSpec
 
 from ...configuration_base import OpenVocabularySegmentationConfig
@@ -24,6 +24,12 @@ class DeOPConfig(OpenVocabularySegmentationConfig):
     Args:
         clip_config: CLIP, vision and text.
         mask_config: `MaskProposalConfig`: the MaskFormer that proposes masks.
+        sam_config: `SamConfig`, for `proposals="sam"`.
+        proposals: where masks come from: "maskformer" (released), "sam" (Segment Anything on a grid of points, as in
+            the demo) or "none": every patch is classified, and the outputs are those of the per-class family.
+        image_mean, image_std: normalisation of `pixel_values`, which SAM's input is made from.
+        sam_points_per_side, sam_points_per_batch, sam_score_threshold, sam_stability_threshold, sam_stability_offset,
+            sam_box_overlap, sam_mask_overlap, sam_max_masks, sam_exclusive: see `layers.sam_masks.SamOptions`.
         severed_layers: CLIP's blocks in which patches are severed; negative numbers count from the end.
         severance: what takes the place of attention there (paper, section 3.2): "identity" (general severance),
             "mask_guided", "mask_gain" (released) or "none"; one for all severed blocks or a list of one for each.
@@ -42,8 +48,9 @@ class DeOPConfig(OpenVocabularySegmentationConfig):
         heatmap_heads: heatmaps per query, each of which pools its share of the channels (equation 3 has 1).
         heatmap_attention_heads, heatmap_feedforward_size, heatmap_dropout: of the anchor decoder.
         temperature: factor of all cosine similarities.
-        training_stage: "segmentation" trains anchors and prompts (the third stage), "proposals" MaskFormer (the
-            second).
+        training_stage: "prompt" trains the context vectors on crops of regions (the first stage; `labels` hold one
+            class per picture, all else is ignored), "proposals" MaskFormer (the second), "segmentation" anchors and
+            prompts (the third).
         train_text_prompt: the context vectors are trained in the third stage too.
         focal_weight, dice_weight: of the third stage's losses.
         map_scale: s in sigmoid(s * o - s), which turns the fused map o into probabilities for the losses.
@@ -51,16 +58,32 @@ class DeOPConfig(OpenVocabularySegmentationConfig):
         proposal_class_weight, proposal_mask_weight, proposal_dice_weight, no_object_weight: of the second stage's
             losses; its matching ignores classes.
         normalise_per_process: loss normaliser of each process on its own, as the original has it.
+        window_pixels, window_stride, canvas_pixels, global_view: of the sliding window: side of a window, distance
+            between windows, side of the square canvas they are cut from, whether the whole picture is one more view.
     """
 
     model_type = "deop"
     sub_configs_defaults = {
         "clip_config": SubConfigSpec(config_class=CLIPConfig, init_kwargs=VIT_B_16),
         "mask_config": SubConfigSpec(config_class=MaskProposalConfig, init_kwargs=RESNET_101C),
+        "sam_config": SubConfigSpec(config_class=SamConfig, optional=True),
     }
 
     clip_config: dict[str, Any] | PreTrainedConfig | None = None
     mask_config: dict[str, Any] | PreTrainedConfig | None = None
+    sam_config: dict[str, Any] | PreTrainedConfig | None = None
+    proposals: Literal["maskformer", "sam", "none"] = "maskformer"
+    image_mean: list[float] | tuple[float, ...] = (0.485, 0.456, 0.406)
+    image_std: list[float] | tuple[float, ...] = (0.229, 0.224, 0.225)
+    sam_points_per_side: int = 32
+    sam_points_per_batch: int = 64
+    sam_score_threshold: float | int = 0.88
+    sam_stability_threshold: float | int = 0.95
+    sam_stability_offset: float | int = 1.0
+    sam_box_overlap: float | int = 0.7
+    sam_mask_overlap: float | int = 1.0
+    sam_max_masks: int | None = None
+    sam_exclusive: bool = True
     severed_layers: list[int] | tuple[int, ...] = (-1,)
     severance: Severance | list[Severance] = "mask_gain"
     severance_alpha: float | int = 1.0
@@ -78,7 +101,7 @@ class DeOPConfig(OpenVocabularySegmentationConfig):
     heatmap_feedforward_size: int = 1024
     heatmap_dropout: float | int = 0.1
     temperature: float | int = 100.0
-    training_stage: Literal["segmentation", "proposals"] = "segmentation"
+    training_stage: Literal["segmentation", "proposals", "prompt"] = "segmentation"
     train_text_prompt: bool = True
     focal_weight: float | int = 2.0
     dice_weight: float | int = 0.8
@@ -90,6 +113,46 @@ class DeOPConfig(OpenVocabularySegmentationConfig):
     no_object_weight: float | int = 0.1
     normalise_per_process: bool = False
     initializer_range: float = 0.02
+    window_pixels: int = 512
+    window_stride: int = 256
+    canvas_pixels: int = 1024
+    global_view: bool = True
+
+    @property
+    def num_queries(self) -> int:
+        """N of MaskFormer's proposals."""
+        return self.mask_config.num_queries
+
+    def validate_proposals(self) -> None:
+        """Check that there are proposals for what needs them (called by `strict` on construction)."""
+        if self.proposals == "sam" and self.sam_config is None:
+            raise ValueError('proposals="sam" needs sam_config; from_clip_and_sam(clip, sam) fills it in.')
+        if self.proposals != "maskformer" and self.pooling == "heatmap":
+            raise ValueError(
+                f'pooling="heatmap" has one anchor query per query of MaskFormer: proposals="{self.proposals}" needs '
+                f'pooling="mask".'
+            )
+        if self.proposals == "none" and set(self.severance_of_blocks()) - {"none", "identity"}:
+            raise ValueError(f'severance {self.severance!r} needs proposals; with proposals="none" take "identity".')
+        if self.training_stage == "proposals" and self.proposals != "maskformer":
+            raise ValueError('training_stage="proposals" trains MaskFormer: it needs proposals="maskformer".')
+
+    def validate_prompts(self) -> None:
+        """Check the learned prompts (called by `strict` on construction)."""
+        depth = self.clip_config.vision_config.num_hidden_layers
+        layers = list(self.visual_prompt_layers) if self.visual_prompts == "added" else []
+        if len(set(layers)) < len(layers) or any(not 0 <= layer < depth for layer in layers):
+            raise ValueError(f"visual_prompt_layers {layers} must name different ones of CLIP's {depth} blocks.")
+        vocab_size = self.clip_config.text_config.vocab_size
+        if self.num_context_vectors and not 0 <= self.dot_token_id < vocab_size:
+            raise ValueError(
+                f"dot_token_id {self.dot_token_id} is not among the {vocab_size} tokens: it is the id of the full stop "
+                f"that ends a learned prompt."
+            )
+        if self.num_context_vectors < 0:
+            raise ValueError(f"num_context_vectors cannot be negative, got {self.num_context_vectors}.")
+        if self.training_stage == "prompt" and not self.num_context_vectors:
+            raise ValueError('training_stage="prompt" trains context vectors: num_context_vectors must not be 0.')
 
     def validate_severance(self) -> None:
         """Check the severed blocks (called by `strict` on construction)."""

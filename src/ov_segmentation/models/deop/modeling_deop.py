@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.functional import interpolate, normalize
+from transformers import CLIPConfig, CLIPModel, CLIPProcessor
 from transformers import initialization as init
 
 from ...layers.heatmaps import HeatmapDecoder, pool_by_masks
 from ...layers.initialization import init_torch_defaults
 from ...layers.learned_prompts import LearnedPrompt
 from ...layers.maskformer import MaskProposalNetwork, MaskProposals, init_mask_proposal_weights
-from ...losses import MaskClassificationCriterion, Prediction, global_mean_of_processes, sum_losses
+from ...layers.picture_stretching import stretch_pictures
+from ...layers.sliding_window import cut_views, split_pictures, view_boxes
+from ...losses import MaskClassificationCriterion, Prediction, sum_losses
 from ...modeling_base import OpenVocabularySegmentationModel
 from ...modeling_outputs import ImageState, OpenVocabularySegmentationOutput
 from .configuration_deop import DeOPConfig
+from .plain_clip import TRAINING_FREE, load_plain_clip
+from .proposals import given_proposals, load_sam, sam_proposals
 from .severed_clip import PromptTable, VisualPrompts, severed_clip_tokens
-
-# the original clamps probabilities before the logarithm of its focal loss
-FOCAL_ALPHA, FOCAL_GAMMA, FOCAL_EPSILON = 0.25, 2.0, 1e-4
+from .stage_losses import fill_outside, fused_map_losses, region_classes, region_features, region_losses
 
 
 @dataclass
@@ -29,27 +33,46 @@ class DeOPImageState(ImageState):
     """Proposals and their embeddings in CLIP's space.
 
     Args:
-        mask_logits: `[B, N, h, w]`.
+        mask_logits: `[B, N, h, w]`; None without proposals.
         segment_embeds: `[B, N, D]`, L2-normalised; None while the proposals are trained.
-        proposals: of all decoder layers, while the proposals are trained.
+        valid: bool `[B, N]`: which proposals are there; None: all.
+        clip_map: `[B, D, gh, gw]`, L2-normalised, where patches are classified.
+        all_proposals: of all decoder layers, while the proposals are trained.
+        pixel_values: while the text prompt is trained.
     """
 
     mask_logits: torch.Tensor | None = None
     segment_embeds: torch.Tensor | None = None
-    proposals: list[MaskProposals] | None = None
+    valid: torch.Tensor | None = None
+    clip_map: torch.Tensor | None = None
+    all_proposals: list[MaskProposals] | None = None
+    pixel_values: torch.Tensor | None = None
 
 
 class DeOPForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
-    """DeOP (Han et al., 2023). `maps`: "heatmaps" `[B, heads, N, gh, gw]` and "clip_map" `[B, D, gh, gw]`."""
+    """DeOP (Han et al., 2023). `maps`: "heatmaps" `[B, heads, N, gh, gw]` and "clip_map" `[B, D, gh, gw]`.
+
+    With `proposals="none"` the outputs are `logits` `[B, K, gh, gw]`, 100 x the cosine of each patch, to be softmaxed.
+
+    Switches: `sliding_window`, and `proposals`: another way than the configuration's, "none", or masks of your own over
+    `pixel_values`, of any resolution: `[B, N, h, w]`, bool or float logits.
+    """
 
     config: DeOPConfig
+    picture_switches = frozenset({"proposals", "sliding_window"})
     _no_split_modules = ["CLIPEncoderLayer", "Bottleneck", "SwinStage", "MaskFormerDetrDecoderLayer"]
 
     def __init__(self, config: DeOPConfig) -> None:
         super().__init__(config)
         size = config.clip_config.projection_dim
         self.clip = self.build_clip(config)
-        self.proposal_network = MaskProposalNetwork(config.mask_config, size)
+        self.proposal_network = self.sam = None
+        if config.proposals == "maskformer":
+            self.proposal_network = MaskProposalNetwork(config.mask_config, size)
+        elif config.proposals == "sam":
+            from transformers import SamModel
+
+            self.sam = SamModel._from_config(config.sam_config)
         self.visual_prompts = VisualPrompts(config)
         self.no_object_embedding = nn.Parameter(torch.zeros(1, size))
         self.text_prompt = None
@@ -83,17 +106,56 @@ class DeOPForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
         self.post_init()
         self.freeze_pretrained()
 
+    @classmethod
+    def config_for_clip(cls, clip_config: CLIPConfig) -> dict[str, Any]:
+        """The released prompt layers, as far as CLIP has them."""
+        depth = clip_config.vision_config.num_hidden_layers
+        return {"visual_prompt_layers": [layer for layer in DeOPConfig.visual_prompt_layers if layer < depth]}
+
+    @classmethod
+    def from_clip_and_sam(cls, clip: str | os.PathLike | CLIPModel, sam: Any, **config: Any) -> Any:
+        """DeOP without training on Segment Anything's masks, as in the original's demo.
+
+        Args:
+            clip: a Hub id or folder of a `CLIPModel`, or the model itself.
+            sam: the same of a `SamModel`.
+            config: values for `DeOPConfig`; the defaults are `plain_clip.TRAINING_FREE`.
+        """
+        sam = load_sam(sam)
+        values = {"proposals": "sam", "sam_config": sam.config, **TRAINING_FREE, **config}
+        model = cls.from_clip(clip, **values)
+        model.sam.load_state_dict(sam.state_dict())
+        return model
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As of every model; the auto class hands the configuration of a plain CLIP here, see `plain_clip`."""
+        if not isinstance(kwargs.get("config"), CLIPConfig):
+            return super().from_pretrained(*args, **kwargs)
+        source = args[0] if args else kwargs.pop("pretrained_model_name_or_path")
+        return load_plain_clip(cls, source, kwargs.pop("config"), **kwargs)
+
+    def processor_for_clip(self, processor: CLIPProcessor) -> Any:
+        """The processor that goes with a plain CLIP's own; None where the model was trained with another."""
+        from .processing_deop import DeOPProcessor
+
+        untrained = self.text_prompt is None and self.config.proposals != "maskformer"
+        return DeOPProcessor.from_clip(processor) if untrained else None
+
     def freeze_pretrained(self) -> None:
-        """CLIP is always frozen; `training_stage` says what of the rest is trained."""
-        segmentation = self.config.training_stage == "segmentation"
-        self.requires_grad_(segmentation)
-        self.clip.requires_grad_(False)
-        self.proposal_network.requires_grad_(not segmentation)
-        self.no_object_embedding.requires_grad_(True)
-        if not segmentation:
+        """CLIP and SAM are always frozen; `training_stage` says what of the rest is trained."""
+        stage = self.config.training_stage
+        self.requires_grad_(stage == "segmentation")
+        for part in (self.clip, self.sam, self.proposal_network):
+            if part is not None:
+                part.requires_grad_(False)
+        self.no_object_embedding.requires_grad_(stage != "prompt" and self.config.proposals != "none")
+        if stage == "proposals":
+            self.proposal_network.requires_grad_(True)
             self.proposal_network.backbone.freeze()
         if self.text_prompt is not None:
-            self.text_prompt.requires_grad_(segmentation and self.config.train_text_prompt)
+            own = stage == "segmentation" and self.config.train_text_prompt
+            self.text_prompt.requires_grad_(own or stage == "prompt")
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -107,7 +169,8 @@ class DeOPForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
             init.normal_(module.context, std=0.02)
         elif isinstance(module, HeatmapDecoder):
             self._init_heatmap_decoder(module)
-        elif module is self:
+        elif module is self and self.proposal_network is not None:
+            # without training it stays zero: a cosine of 0, below that of any class that is there
             init.normal_(self.no_object_embedding, std=self.no_object_embedding.shape[-1] ** -0.5)
 
     @staticmethod
@@ -135,42 +198,113 @@ class DeOPForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
     # ------------------------------------------------------------------ picture side
 
     def _encode_image(
-        self, pixel_values: torch.Tensor, *, for_training: bool, output_maps: bool = False, **unused: Any
+        self,
+        pixel_values: torch.Tensor,
+        *,
+        for_training: bool,
+        reshaped_input_sizes: torch.Tensor,
+        proposals: str | torch.Tensor = "maskformer",
+        sliding_window: bool = False,
+        output_maps: bool = False,
+        **unused: Any,
     ) -> DeOPImageState:
-        if for_training and self.config.training_stage == "proposals":
-            proposals = self.proposal_network(pixel_values, all_layers=True)
-            return DeOPImageState(mask_logits=proposals[-1].mask_logits, proposals=proposals)
-        (proposals,) = self.proposal_network(pixel_values)
-        features = self.clip_map(pixel_values, proposals.mask_logits)
-        masks = on_grid(proposals.mask_logits.sigmoid(), features.shape[-2:])
-        state = DeOPImageState(mask_logits=proposals.mask_logits)
+        config, patch_size = self.config, self.config.clip_config.vision_config.patch_size
+        if min(pixel_values.shape[-2:]) < patch_size:
+            raise ValueError(
+                f"pixel_values of {pixel_values.shape[-2]} x {pixel_values.shape[-1]} pixels are too small: CLIP needs "
+                f"at least one patch of {patch_size}."
+            )
+        if for_training and config.training_stage == "prompt":
+            return DeOPImageState(pixel_values=pixel_values)
+        if for_training and config.training_stage == "proposals":
+            layers = self.proposal_network(pixel_values, all_layers=True)
+            return DeOPImageState(mask_logits=layers[-1].mask_logits, all_proposals=layers)
+        state = DeOPImageState()
+        if sliding_window:
+            canvas = (config.canvas_pixels, config.canvas_pixels)
+            geometry = (canvas, config.window_pixels, config.window_stride, config.global_view)
+            pixel_values = cut_views(split_pictures(pixel_values, reshaped_input_sizes), *geometry)
+            state.view_boxes, state.canvas_size = view_boxes(*geometry), canvas
+            reshaped_input_sizes = torch.tensor([pixel_values.shape[-2:]] * len(pixel_values))
+        if isinstance(proposals, str) and proposals == "none":
+            return self._classify_patches(state, pixel_values, reshaped_input_sizes, output_maps)
+        state.mask_logits, state.valid = self._propose(pixel_values, reshaped_input_sizes, proposals)
+        features = self.clip_map(pixel_values, state.mask_logits)
+        masks = self._on_grid(state.mask_logits.sigmoid(), features.shape[-2:])
         if self.heatmap_decoder is None:
             embeds, heatmaps = pool_by_masks(features.flatten(2).transpose(1, 2), masks.flatten(2)), masks[:, None]
         else:
+            if masks.shape[1] != config.num_queries:
+                raise ValueError(
+                    f"{masks.shape[1]} proposals, but this model has learned one anchor query for each of MaskFormer's "
+                    f'{config.num_queries} (pooling="heatmap"); other masks need a model with pooling="mask".'
+                )
             anchors = self.heatmap_decoder(features, masks)
             embeds, heatmaps = anchors.embeddings, anchors.heatmaps.unflatten(-1, features.shape[-2:])
         state.segment_embeds = normalize(embeds, dim=-1)
         state.maps = {"heatmaps": heatmaps, "clip_map": features} if output_maps else None
         return state
 
-    def clip_map(
-        self, pixel_values: torch.Tensor, mask_logits: torch.Tensor, kinds: list[str] | None = None
+    def _classify_patches(
+        self, state: DeOPImageState, pixel_values: torch.Tensor, sizes: torch.Tensor, output_maps: bool
+    ) -> DeOPImageState:
+        """Without proposals: CLIP's map of the picture alone, stretched to whole patches, so that the map covers it."""
+        patch_size = self.config.clip_config.vision_config.patch_size
+        size = tuple(side // patch_size * patch_size for side in pixel_values.shape[-2:])
+        state.clip_map = self.clip_map(stretch_pictures(pixel_values, sizes, size), None)
+        state.maps = {"clip_map": state.clip_map} if output_maps else None
+        return state
+
+    def _propose(
+        self, pixel_values: torch.Tensor, sizes: torch.Tensor, proposals: str | torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Mask logits `[B, N, h, w]` over `pixel_values`, and which of them are there."""
+        if isinstance(proposals, torch.Tensor):
+            return given_proposals(proposals, pixel_values)
+        if proposals == "maskformer" and self.proposal_network is not None:
+            return self.proposal_network(pixel_values)[-1].mask_logits, None
+        if proposals == "sam" and self.sam is not None:
+            return sam_proposals(self.sam, self.config, pixel_values, sizes)
+        raise ValueError(
+            f"proposals={proposals!r}: this model was made with proposals={self.config.proposals!r}. Give that, "
+            f'"none", or a tensor of masks [B, N, h, w].'
+        )
+
+    def _on_grid(self, masks: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """`[B, N, h, w]` on CLIP's grid: as released, bilinear samples; for other masks the share of each patch, since
+        samples would miss small ones."""
+        if self.config.proposals == "maskformer":
+            return interpolate(masks.float(), size=tuple(grid), mode="bilinear", align_corners=False).to(masks.dtype)
+        return interpolate(masks.float(), size=tuple(grid), mode="area").to(masks.dtype)
+
+    def clip_map(self, pixel_values: torch.Tensor, mask_logits: torch.Tensor | None) -> torch.Tensor:
+        """CLIP's L2-normalised feature of each patch, `[B, D, gh, gw]`; see `patch_features`."""
+        return normalize(self.patch_features(pixel_values, mask_logits), dim=1)
+
+    def patch_features(
+        self, pixel_values: torch.Tensor, mask_logits: torch.Tensor | None, kinds: list[str] | None = None
     ) -> torch.Tensor:
-        """CLIP's L2-normalised feature of each patch, `[B, D, gh, gw]`.
+        """CLIP's projected feature of each patch, `[B, D, gh, gw]`.
 
         Args:
-            mask_logits: `[B, N, h, w]` of the proposals, at any resolution.
+            mask_logits: `[B, N, h, w]` of the proposals, at any resolution; None: there are none.
             kinds: what each of CLIP's blocks does; None: as the config says.
         """
         vision = self.clip.vision_model
-        patch_size = vision.config.patch_size
-        grid = (pixel_values.shape[-2] // patch_size, pixel_values.shape[-1] // patch_size)
-        masks = on_grid(mask_logits, grid).sigmoid()
+        masks = None
+        if mask_logits is not None:
+            patch_size = vision.config.patch_size
+            grid = (pixel_values.shape[-2] // patch_size, pixel_values.shape[-1] // patch_size)
+            # severance resizes logits, pooling probabilities (so the original); binary masks are shares either way
+            if self.config.proposals == "maskformer":
+                masks = self._on_grid(mask_logits, grid).sigmoid()
+            else:
+                masks = self._on_grid(mask_logits.sigmoid(), grid)
         states, grid, leading = severed_clip_tokens(
             vision, self.visual_prompts, self.config, pixel_values, masks, kinds
         )
         patches = self.clip.visual_projection(vision.post_layernorm(states[-1][:, leading:]))
-        return normalize(patches, dim=-1).transpose(1, 2).unflatten(2, grid)
+        return patches.transpose(1, 2).unflatten(2, grid)
 
     # ------------------------------------------------------------------ classes and losses
 
@@ -188,64 +322,46 @@ class DeOPForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
         sample_seeds: torch.Tensor | None = None,
         **options: Any,
     ) -> OpenVocabularySegmentationOutput:
-        embeddings = state.segment_embeds if state.proposals is None else state.proposals[-1].embeddings
-        class_logits = self.class_logits(embeddings, text_embeds)
+        if state.pixel_values is not None:
+            return self._classify_regions(state.pixel_values, text_embeds, labels.to(self.device))
+        if state.clip_map is not None:
+            if labels is not None:
+                raise ValueError('proposals="none" is a model without training: there is no loss. Leave labels out.')
+            logits = self.config.temperature * torch.einsum("bdhw,kd->bkhw", state.clip_map, text_embeds)
+            return OpenVocabularySegmentationOutput(logits=logits, score_function="softmax")
+        layers = state.all_proposals
+        class_logits = self.class_logits(state.segment_embeds if layers is None else layers[-1].embeddings, text_embeds)
+        scores = class_logits.float().softmax(dim=-1)[..., :-1]
         outputs = OpenVocabularySegmentationOutput(
             class_queries_logits=class_logits,
             masks_queries_logits=state.mask_logits,
-            class_queries_scores=class_logits.float().softmax(dim=-1)[..., :-1],
+            class_queries_scores=scores if state.valid is None else scores * state.valid[..., None],
         )
         if labels is not None:
             labels = labels.to(self.device)
-            if state.proposals is None:
-                outputs.loss_dict = self._map_losses(class_logits, state.mask_logits, labels)
+            if layers is None:
+                outputs.loss_dict = fused_map_losses(self.config, class_logits, state.mask_logits, labels)
             else:
                 predictions = self.predictions(state, text_embeds)
                 outputs.loss_dict = self.criterion(predictions, labels, self.draws(sample_seeds, len(labels)))
             outputs.loss = sum_losses(outputs.loss_dict)
         return outputs
 
+    def _classify_regions(
+        self, pixel_values: torch.Tensor, text_embeds: torch.Tensor, labels: torch.Tensor
+    ) -> OpenVocabularySegmentationOutput:
+        """The first training stage: each picture shows one region, the pixels with a label."""
+        features = region_features(self.clip, fill_outside(pixel_values, labels))
+        losses = region_losses(self.config, features, text_embeds, region_classes(labels))
+        return OpenVocabularySegmentationOutput(loss=sum_losses(losses), loss_dict=losses)
+
     def predictions(self, state: DeOPImageState, text_embeds: torch.Tensor) -> list[Prediction]:
         """What the second stage's criterion takes: the last decoder layer, then the others from the first on."""
-        *auxiliary, last = state.proposals
+        *auxiliary, last = state.all_proposals
         return [
             Prediction(suffix, self.class_logits(p.embeddings, text_embeds), p.mask_logits)
             for suffix, p in [("", last), *((f"_{i}", p) for i, p in enumerate(auxiliary))]
         ]
-
-    def _map_losses(
-        self, class_logits: torch.Tensor, mask_logits: torch.Tensor, labels: torch.Tensor
-    ) -> dict[str, torch.Tensor]:
-        """Focal and dice losses on the map that all proposals make together (the third stage)."""
-        size = labels.shape[-2:]
-        masks = interpolate(mask_logits.float(), size=size, mode="bilinear", align_corners=False).sigmoid()
-        fused = torch.einsum("bnk,bnhw->bkhw", class_logits.float().softmax(dim=-1), masks)
-        scale = self.config.map_scale
-        probability = (scale * fused - scale).sigmoid()
-        no_object = class_logits.shape[-1] - 1
-        known = labels >= 0
-        wanted = torch.where(known, labels, no_object)
-        target = torch.zeros_like(probability).scatter_(1, wanted[:, None], 1.0)
-        counted = torch.ones_like(known) if self.config.ignore_as_no_object else known
-        hit = probability * target + (1 - probability) * (1 - target)
-        share = FOCAL_ALPHA * target + (1 - FOCAL_ALPHA) * (1 - target)
-        focal = -share * (1 - hit) ** FOCAL_GAMMA * hit.clamp(FOCAL_EPSILON, 1 - FOCAL_EPSILON).log()
-        focal = (focal * counted[:, None]).sum()
-        count = global_mean_of_processes(counted.sum().float() * target.shape[1]).clamp(min=1)
-        classes, classes_target = probability[:, :-1], target[:, :-1]
-        if not self.config.ignore_as_no_object:
-            classes = classes * known[:, None]
-        overlap = 2 * (classes * classes_target).sum(dim=(1, 2, 3)) + 1
-        dice = 1 - overlap / (classes.sum(dim=(1, 2, 3)) + classes_target.sum(dim=(1, 2, 3)) + 1)
-        return {
-            "loss_ce": self.config.focal_weight * focal / count,
-            "loss_decoder_dice": self.config.dice_weight * dice.mean(),
-        }
-
-
-def on_grid(masks: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """Bilinear resize of `[B, N, h, w]` to CLIP's patch grid."""
-    return interpolate(masks.float(), size=tuple(grid), mode="bilinear", align_corners=False).to(masks.dtype)
 
 
 __all__ = ["DeOPForOpenVocabularySegmentation", "DeOPImageState"]

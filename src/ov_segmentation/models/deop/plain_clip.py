@@ -1,0 +1,92 @@
+"""DeOP without training: severed patches of a plain CLIP, classified one by one, or pooled over SAM's masks.
+
+What the original's demo does (SAM's masks, identity severance in the last block, a fifth of the residual), and the same
+without masks.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from dataclasses import fields
+from typing import Any
+
+from transformers import CLIPConfig
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+from ...layers.clip_stem import load_clip
+from .configuration_deop import DeOPConfig
+
+TRAINING_FREE = {
+    "severance": "identity",
+    "severed_layers": (-1,),
+    "severance_residual_scale": 0.2,
+    "pooling": "mask",
+    "visual_prompts": "none",
+    "num_context_vectors": 0,
+    "image_mean": tuple(OPENAI_CLIP_MEAN),
+    "image_std": tuple(OPENAI_CLIP_STD),
+}
+"""Configuration values with which DeOP needs no weights beside CLIP's (and SAM's)."""
+
+HUB_ARGUMENTS = (
+    "cache_dir",
+    "force_download",
+    "local_files_only",
+    "proxies",
+    "revision",
+    "subfolder",
+    "token",
+    "use_safetensors",
+    "variant",
+)
+# what the auto class and the pipeline add, without meaning for CLIP's weights
+IGNORED_ARGUMENTS = (
+    "adapter_kwargs",
+    "trust_remote_code",
+    "allow_missing_keys",
+    "_from_auto",
+    "_from_pipeline",
+    "task",
+)
+
+
+def load_plain_clip(model_class: Any, source: str | os.PathLike, clip_config: CLIPConfig, **arguments: Any) -> Any:
+    """The training-free model around the CLIP in `source`.
+
+    Args:
+        model_class: `DeOPForOpenVocabularySegmentation`.
+        source: folder or Hub id of a `CLIPModel`.
+        clip_config: its configuration.
+        arguments: of `from_pretrained` (`dtype`, `attn_implementation`, `revision`, ...) and fields of `DeOPConfig`.
+
+    Raises:
+        TypeError: an argument that is neither.
+        ValueError: `device_map` or `quantization_config`.
+    """
+    hub = {name: arguments.pop(name) for name in HUB_ARGUMENTS if name in arguments}
+    dtype = arguments.pop("dtype", arguments.pop("torch_dtype", None))
+    attention = arguments.pop("attn_implementation", None) or clip_config._attn_implementation
+    wants_info = arguments.pop("output_loading_info", False)
+    for name in IGNORED_ARGUMENTS:
+        arguments.pop(name, None)
+    for name in ("device_map", "quantization_config"):
+        if arguments.pop(name, None) is not None:
+            raise ValueError(
+                f"{name} works for checkpoints of ours: load this CLIP without it, save_pretrained, reload."
+            )
+    known = {field.name for field in fields(DeOPConfig)} - {"clip_config", "clip_stem"}
+    if unknown := sorted(set(arguments) - known):
+        raise TypeError(f"A plain CLIP is loaded as {model_class.__name__}, which does not take {', '.join(unknown)}.")
+    clip = load_clip(source, config=clip_config, **hub, **({} if dtype is None else {"dtype": dtype}))
+    model = model_class.from_clip(clip, **{"proposals": "none", **TRAINING_FREE, **arguments}).to(clip.dtype).eval()
+    if attention is not None:
+        model.set_attn_implementation(attention)
+    warnings.warn(
+        f"{source} is a plain CLIP, which was not trained to segment: DeOP is built around it with severed patches in "
+        f"the last block and without proposals, so that every patch is classified by itself. It needs no training and "
+        f"is far less accurate than a trained model. Its processor: DeOPProcessor.from_clip({str(source)!r}).",
+        stacklevel=3,
+    )
+    info = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
+    return (model, info) if wants_info else model

@@ -1,0 +1,90 @@
+"""Losses of DeOP's first and third training stage; those of the second are MaskFormer's."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.functional import cross_entropy, interpolate, normalize
+from transformers import CLIPModel
+from transformers.image_utils import OPENAI_CLIP_MEAN
+
+from ...layers.clip_vision import embed_patches, run_blocks
+from ...losses import global_mean_of_processes
+from .configuration_deop import DeOPConfig
+
+# the original clamps probabilities before the logarithm of its focal loss
+FOCAL_ALPHA, FOCAL_GAMMA, FOCAL_EPSILON = 0.25, 2.0, 1e-4
+
+
+def fused_map_losses(
+    config: DeOPConfig, class_logits: torch.Tensor, mask_logits: torch.Tensor, labels: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Focal and dice losses on the map that all proposals make together (the third stage).
+
+    Args:
+        class_logits: `[B, N, K+1]`, "no object" last.
+        mask_logits: `[B, N, h, w]`.
+        labels: `[B, H, W]` int64, negative = ignored.
+    """
+    masks = interpolate(mask_logits.float(), size=labels.shape[-2:], mode="bilinear", align_corners=False).sigmoid()
+    fused = torch.einsum("bnk,bnhw->bkhw", class_logits.float().softmax(dim=-1), masks)
+    scale = config.map_scale
+    probability = (scale * fused - scale).sigmoid()
+    known = labels >= 0
+    wanted = torch.where(known, labels, class_logits.shape[-1] - 1)
+    target = torch.zeros_like(probability).scatter_(1, wanted[:, None], 1.0)
+    counted = torch.ones_like(known) if config.ignore_as_no_object else known
+    hit = probability * target + (1 - probability) * (1 - target)
+    share = FOCAL_ALPHA * target + (1 - FOCAL_ALPHA) * (1 - target)
+    focal = -share * (1 - hit) ** FOCAL_GAMMA * hit.clamp(FOCAL_EPSILON, 1 - FOCAL_EPSILON).log()
+    focal = (focal * counted[:, None]).sum()
+    count = counted.sum().float() * target.shape[1]
+    count = (count if config.normalise_per_process else global_mean_of_processes(count)).clamp(min=1)
+    classes, classes_target = probability[:, :-1], target[:, :-1]
+    if not config.ignore_as_no_object:
+        classes = classes * known[:, None]
+    overlap = 2 * (classes * classes_target).sum(dim=(1, 2, 3)) + 1
+    dice = 1 - overlap / (classes.sum(dim=(1, 2, 3)) + classes_target.sum(dim=(1, 2, 3)) + 1)
+    return {"loss_ce": config.focal_weight * focal / count, "loss_decoder_dice": config.dice_weight * dice.mean()}
+
+
+def fill_outside(pixel_values: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Pixels without a class take CLIP's mean colour, put in after normalisation (so the original), not before it."""
+    return torch.where(labels[:, None] >= 0, pixel_values, pixel_values.new_tensor(OPENAI_CLIP_MEAN)[:, None, None])
+
+
+def region_features(clip: CLIPModel, pixel_values: torch.Tensor) -> torch.Tensor:
+    """CLIP's own feature of each picture, `[B, D]`, not normalised: class token, no severance, no visual prompt."""
+    vision = clip.vision_model
+    tokens, _ = embed_patches(vision, pixel_values)
+    return clip.visual_projection(vision.post_layernorm(run_blocks(vision.encoder.layers, tokens)[-1][:, 0]))
+
+
+def region_classes(labels: torch.Tensor) -> torch.Tensor:
+    """The one class of each of `labels` `[B, H, W]`; -100 where there is none.
+
+    Raises:
+        ValueError: a picture with several classes.
+    """
+    classes = labels.flatten(1).amax(dim=1)
+    mixed = ((labels >= 0) & (labels != classes[:, None, None])).flatten(1).any(dim=1)
+    if mixed.any():
+        raise ValueError(
+            f'training_stage="prompt" classifies regions: each label map may hold one class, those of pictures '
+            f"{mixed.nonzero().flatten().tolist()} hold several. data.regions_per_class in the recipe cuts regions out."
+        )
+    return torch.where(classes >= 0, classes, -100)
+
+
+def region_losses(
+    config: DeOPConfig, features: torch.Tensor, text_embeds: torch.Tensor, classes: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Cross entropy of regions over the class names, without "no object" (the first stage).
+
+    Args:
+        features: `[B, D]`.
+        classes: `[B]`, -100 = none.
+    """
+    logits = config.temperature * normalize(features.float(), dim=-1) @ text_embeds.float().T
+    count = (classes >= 0).sum().float()
+    count = (count if config.normalise_per_process else global_mean_of_processes(count)).clamp(min=1)
+    return {"loss_cls": cross_entropy(logits, classes, ignore_index=-100, reduction="sum") / count}
