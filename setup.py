@@ -11,6 +11,7 @@ DATA = ["accelerate>=1.10", "datasets>=4.0"]
 EXTRAS = {
     "train": [*DATA, "pyyaml>=6.0", "scipy>=1.11", "tensorboard>=2.16"],
     "eval": [*DATA, "evaluate>=0.4.3", "scipy>=1.11"],
+    "mining": [*DATA, "textblob>=0.18"],
     "demo": [],  # inference is enough
 }
 EXTRAS["dev"] = [
@@ -18,6 +19,7 @@ EXTRAS["dev"] = [
     "pytest>=8.0",
     "pytest-xdist>=3.5",
     "ruff>=0.15",
+    "scikit-learn>=1.4",
     "setuptools>=70.1",
 ]
 

@@ -25,7 +25,7 @@ from ov_segmentation.models.san.modeling_san import SANForOpenVocabularySegmenta
 from ov_segmentation.strict_mapping import RecipeError, from_mapping
 from ov_segmentation.training.building import build_model_and_processor, select_trainable
 from ov_segmentation.training.checkpointing import CheckpointError, CheckpointStore
-from ov_segmentation.training.data_loading import StepBatches, TrainingSamples, training_loader
+from ov_segmentation.training.data_loading import BatchMaker, StepBatches, TrainingSamples, training_loader
 from ov_segmentation.training.loop import Terminated, train
 from ov_segmentation.training.optimization import build_optimizer, learning_rate_factor, parameter_settings
 from ov_segmentation.training.recipe import Recipe, ScheduleRecipe, load_recipe, recipe_hash
@@ -210,7 +210,7 @@ def test_every_epoch_sees_every_sample_once_and_workers_change_nothing(pictures)
     assert epochs == [list(range(7))] * 2
     assert samples._order(0).tolist() != samples._order(1).tolist()
     processor = build_model_and_processor(recipe, [data.vocabulary])[1].image_processor
-    runs = [list(training_loader(samples, StepBatches(1, 5, 4), processor, n, False)) for n in (0, 2)]
+    runs = [list(training_loader(samples, StepBatches(1, 5, 4), BatchMaker(processor), n, False)) for n in (0, 2)]
     assert len(runs[0]) == 4
     for one, other in zip(*runs, strict=True):
         assert one.keys() == other.keys() >= {"pixel_values", "labels", "sample_seeds"}

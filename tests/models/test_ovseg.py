@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import importlib
+import json
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassClassValidationError
+from transformers import AutoImageProcessor
 
+from ov_segmentation import conversion_cli
+from ov_segmentation.conversion import ConversionError
 from ov_segmentation.layers.mask_prompts import DeepPrompts, MaskPrompts
 from ov_segmentation.models.ovseg.convert_ovseg import VARIANTS, convert_adapted_clip
 from ov_segmentation.models.ovseg.modeling_ovseg import OVSegForOpenVocabularySegmentation
 from ov_segmentation.post_processing import post_process_semantic_segmentation
+from tests.mixins.conversion import FIXTURES, ConversionTesterMixin
 from tests.mixins.model import FromCLIPTesterMixin, ModelTesterMixin
 from tests.mixins.pipeline import PipelineTesterMixin
 from tests.tiny import tiny_clip_config
@@ -111,11 +118,13 @@ class TestOVSeg(ModelTesterMixin, FromCLIPTesterMixin, PipelineTesterMixin):
         ids=str,
     )
     def test_study_changes_the_output(self, changes: dict[str, Any]) -> None:
-        model, changed = self.model(), self.model(**changes)
+        # a softmax at temperature 100 is nearly one-hot, whatever the crops
+        model, changed = self.model(temperature=2.0), self.model(**{"temperature": 2.0, **changes})
         shared, own = model.state_dict(), changed.state_dict()
         changed.load_state_dict({k: v for k, v in shared.items() if k in own and v.shape == own[k].shape}, strict=False)
         masks = self.logits(9.0, -0.6, 9.0, 2.0)
-        masks[0, 1, 4:] = -9.0
+        masks[0, 0, 2:12] = masks[0, 0, :, 2:12] = -10.0
+        masks[0, 0, 14:, 14:] = 9.0  # between its two corners lie patches without a pixel of it
         for tested in (model, changed):
             self.propose(tested, masks)
             # what depends on patches must show in the class token
@@ -300,7 +309,7 @@ class TestOVSeg(ModelTesterMixin, FromCLIPTesterMixin, PipelineTesterMixin):
         for weight in (-0.1, 1.5):
             with pytest.raises(ValueError, match="between 0 and 1"):
                 model(**inputs, ensemble_weight=weight)
-        with pytest.raises(ValueError, match="2 values for 3 classes"):
+        with pytest.raises(ValueError, match="values for 3 classes"):
             model(**inputs, class_is_seen=[True, False])
         with pytest.raises(ValueError, match="crop_batch_size"):
             model(**inputs, crop_batch_size=0)
@@ -313,15 +322,14 @@ class TestOVSeg(ModelTesterMixin, FromCLIPTesterMixin, PipelineTesterMixin):
 def test_released_sizes(variant: str, total: float, trained: float) -> None:
     with torch.device("meta"):
         model = OVSegForOpenVocabularySegmentation(VARIANTS[variant]())
-    buffers = sum(b.numel() for b in model.proposal_network.buffers())  # frozen norms, which the sheet counts
-    count = sum(p.numel() for p in model.parameters())
-    assert (count + (buffers if "R101c" in variant else 0)) / 1e6 == pytest.approx(total, abs=0.1)
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(total, abs=0.06)
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6 == pytest.approx(trained, abs=0.06)
 
 
 class TestOVSegConversion(ConversionTesterMixin):
     method = "ovseg"
     case = "ovseg/case_a"
+    relatives = ("simbaseline_case",)
     manifests = ("ovseg", ("ovseg_swinbase_vitL14_ft_mpt", "ovseg_R101c_vitB16_ft_mpt", "simbaseline_coco156"))
 
     @pytest.mark.parametrize("clip", ["ViT-L-14", "ViT-B-16"])

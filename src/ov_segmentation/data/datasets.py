@@ -228,7 +228,7 @@ def load_segmentation_data(
     kind = IterableDatasetDict if streaming else DatasetDict
     return SegmentationData(
         splits=kind({key: _rename(split, image_column, annotation_column) for key, split in splits.items()}),
-        vocabulary=_vocabulary(names, protocol),
+        vocabulary=build_vocabulary(names, protocol),
         ignore_index=ignored,
         reduce_labels=reduce_labels,
     )
@@ -318,7 +318,8 @@ def _names_beside(path: Path) -> Names | None:
     return str(path / NAMES_FILE) if (path / NAMES_FILE).is_file() else None
 
 
-def _vocabulary(names: Names, protocol: str | None) -> Vocabulary:
+def build_vocabulary(names: Names, protocol: str | None = None) -> Vocabulary:
+    """The vocabulary of a list of names, a packaged benchmark's key or a JSON file, see [`load_segmentation_data`]."""
     if not isinstance(names, str):
         return Vocabulary(names)
     if names in BENCHMARKS:

@@ -8,6 +8,7 @@ Source: Liang et al., "Open-Vocabulary Semantic Segmentation with Mask-adapted C
 from __future__ import annotations
 
 import torch
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 # the cubic convolution parameter of torch.nn.functional.interpolate(mode="bicubic")
 CUBIC_A = -0.75
@@ -85,6 +86,22 @@ def masked_crops(
     rows = bicubic_weights(boxes[:, 1], boxes[:, 3], height, size).to(picture.dtype)
     columns = bicubic_weights(boxes[:, 0], boxes[:, 2], width, size).to(picture.dtype)
     return rows[:, None] @ pixels @ columns[:, None].transpose(-1, -2)
+
+
+def crop_for_clip(
+    picture: torch.Tensor, masks: torch.Tensor, boxes: torch.Tensor, size: int, mask_fill: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Crops `[n, 3, size, size]` of a `picture` `[3, H, W]` in CLIP's normalisation, and their masks.
+
+    Args:
+        masks, boxes, size: see [`masked_crops`].
+        mask_fill: "mean", "zero" or "none", see `OVSegConfig`.
+    """
+    fill = None
+    if mask_fill == "zero":
+        fill = -picture.new_tensor(OPENAI_CLIP_MEAN) / picture.new_tensor(OPENAI_CLIP_STD)
+    visible = torch.ones_like(masks) if mask_fill == "none" else masks
+    return masked_crops(picture, visible, boxes, size, fill), cropped_masks(masks, boxes, size)
 
 
 def cropped_masks(masks: torch.Tensor, boxes: torch.Tensor, size: int) -> torch.Tensor:

@@ -7,7 +7,7 @@ loader has to be saved.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -120,13 +120,13 @@ class BatchMaker:
 
 
 def training_loader(
-    samples: TrainingSamples, batches: StepBatches, image_processor: Any, num_workers: int, pin_memory: bool
+    samples: Dataset, batches: StepBatches, make_batch: Callable[..., Any], num_workers: int, pin_memory: bool
 ) -> DataLoader:
-    """Batches in the order of `batches`, whatever the number of workers."""
+    """Batches, made by `make_batch` of lists of samples, in the order of `batches`, whatever the number of workers."""
     return DataLoader(
         samples,
         batch_sampler=batches,
-        collate_fn=BatchMaker(image_processor),
+        collate_fn=make_batch,
         num_workers=num_workers,
         pin_memory=pin_memory,
         # a generator of its own: creating an iterator would otherwise advance torch's global one

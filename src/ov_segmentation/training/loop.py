@@ -1,46 +1,19 @@
-"""The training loop: recipe in, folder with log, checkpoints and an exported model out.
-
-A run is a function of recipe and seed. Its place is the number of optimizer steps done: order, augmentation, points in
-the loss and dropout are seeded from it, so a run that is killed and started again with the same command ends with the
-same weights and the same log (bit by bit on a CPU with the same number of threads).
-"""
+"""Training of the methods: recipe in, folder with log, checkpoints and an exported model out."""
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import signal
-import time
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import GradientAccumulationPlugin, broadcast_object_list
-from tqdm.auto import tqdm
 
-from .. import ledger
 from ..data.augmentation import build_augmentations
 from ..data.datasets import LabelledPictures, SegmentationData, load_segmentation_data
 from ..evaluation.prediction import evaluate
-from ..strict_mapping import RecipeError
-from .building import build_model_and_processor, trainable_parameters
-from .checkpointing import CheckpointStore, TrainingState
-from .data_loading import StepBatches, TrainingSamples, training_loader
-from .exporting import export_model
-from .optimization import build_optimizer, learning_rate_factor, set_learning_rates
-from .randomness import seed_step
+from .building import build_model_and_processor
+from .data_loading import BatchMaker, TrainingSamples
 from .recipe import DataRecipe, Recipe
-from .run_folder import RunFolder
-from .trackers import JSONLinesTracker, build_trackers
-
-TERMINATED = 128 + signal.SIGTERM
-"""Exit status of a run that was asked to stop by SIGTERM, saved, and can be continued."""
-
-
-class Terminated(SystemExit):
-    """Raised after a checkpoint was written because of SIGTERM."""
+from .run import Terminated, TrainingRun
 
 
 def train(recipe: Recipe, output: str | Path, resume: str = "auto", command: str = "") -> dict[str, Any]:
@@ -61,215 +34,48 @@ def train(recipe: Recipe, output: str | Path, resume: str = "auto", command: str
         RecipeError, CheckpointError, ValueError: with the place and what to do.
         Terminated: SIGTERM came; everything is saved.
     """
-    if recipe.threads is not None:
-        torch.set_num_threads(recipe.threads)
-    run = _Run(recipe, Path(output), resume)
-    with _termination_flag() as terminated:
-        run.train(terminated)
-    return run.finish(command)
+    return SegmentationRun(recipe, Path(output), resume).execute(command)
 
 
-class _Run:
-    """One process's part of a run."""
+class SegmentationRun(TrainingRun):
+    """A run of [`train`]: a method on pictures and label maps, scored by its mean IoU."""
 
-    def __init__(self, recipe: Recipe, output: Path, resume: str) -> None:
-        self.recipe = recipe
-        self.code = ledger.revision()  # now: the checkout may move on while this process runs what it has loaded
-        if recipe.precision == "fp16" and not torch.accelerator.is_available():
-            raise RecipeError("precision: fp16 needs a GPU. On a CPU: bf16, or no.")
-        self.accelerator = Accelerator(
-            mixed_precision=recipe.precision,
-            gradient_accumulation_plugin=GradientAccumulationPlugin(
-                num_steps=recipe.accumulation, sync_with_dataloader=False
-            ),
-            # what a frozen CLIP computes last takes no part in the loss
-            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
-        )
-        accelerator = self.accelerator
-        self.folder = RunFolder(output)
-        self.store = CheckpointStore(output / "checkpoints", recipe.checkpoint.total_limit)
-        self._on_main(lambda: self.folder.claim(recipe, resume))
-        self._on_main(self.store.remove_temporary)
+    score_name = "miou"
 
+    def prepare(self) -> None:
+        """Load the data; build model and processor."""
+        recipe = self.recipe
         data = load_data(recipe.data, recipe.model.model_type)
         self.evaluation_pictures = self._evaluation_pictures(data)
+        self.evaluates = self.evaluation_pictures is not None
         vocabularies = [data.vocabulary, *([p.data.vocabulary] if (p := self.evaluation_pictures) else [])]
         self.model, self.processor = build_model_and_processor(recipe, vocabularies)
-        self.model.train()
-        optimizer = build_optimizer(self.model, recipe.optimizer)
-        self.wrapped, self.optimizer = accelerator.prepare(self.model, optimizer)
+        self.trained = self.model
+        self.pictures = data.split(recipe.data.train_split)
+        self.samples = TrainingSamples(self.pictures, build_augmentations(recipe.augmentation), recipe.seed)
+        self.make_batch = BatchMaker(self.processor.image_processor)
 
-        pictures = data.split(recipe.data.train_split)
-        self.samples = TrainingSamples(pictures, build_augmentations(recipe.augmentation), recipe.seed)
-        self.state = TrainingState()
-        done = self.store.steps()
-        if done:
-            self.state = self.store.load(accelerator, self.wrapped, self.optimizer, done[-1])
-        text = self.processor(text=data.vocabulary, return_tensors="pt").to(accelerator.device)
-        # a frozen text side is run once
-        self.text = text if self.model.trains_text else {"text_embeds": self.model.encode_vocabulary(**text)}
-        self._start_trackers()
-        self._say(
-            f"{type(self.model).__name__}: {trainable_parameters(self.model):,} of "
-            f"{self.model.num_parameters():,} parameters are trained, on {len(pictures):,} pictures of "
-            f"{len(data.vocabulary)} classes; {accelerator.num_processes} process(es), device {accelerator.device}."
-        )
-        if done:
-            self._say(f"Continuing after optimizer step {self.state.step} of {recipe.steps}.")
+    def constant_inputs(self) -> dict[str, torch.Tensor]:
+        """The training classes: their texts, or, where the text side is frozen, their embeddings, made once."""
+        text = self.processor(text=self.pictures.data.vocabulary, return_tensors="pt").to(self.accelerator.device)
+        return dict(text) if self.model.trains_text else {"text_embeds": self.model.encode_vocabulary(**text)}
 
-    def train(self, terminated: list[bool]) -> None:
-        """Run the remaining optimizer steps."""
-        recipe, state = self.recipe, self.state
-        batches = self._batches()
-        self._clock = time.monotonic(), time.process_time()
-        hidden = not self.accelerator.is_local_main_process
-        with tqdm(total=recipe.steps, initial=state.step, desc="training", unit="step", disable=hidden) as bar:
-            while state.step < recipe.steps and not self._stopped_early():
-                self._optimizer_step(batches)
-                state.step += 1
-                self._tick()
-                bar.update()
-                is_last = state.step == recipe.steps
-                if is_last or state.step % recipe.log_interval == 0:
-                    bar.set_postfix(loss=f"{self._log():.4g}")
-                improved = False
-                if self.evaluation_pictures and (is_last or state.step % recipe.evaluation.interval == 0):
-                    improved = self._evaluate()
-                    self._tick()
-                    is_last = is_last or self._stopped_early()
-                stop = self._any(terminated[0])
-                if improved or is_last or stop or state.step % recipe.checkpoint.interval == 0:
-                    self.store.save(self.accelerator, self.wrapped, self.optimizer, state)
-                if stop and not is_last:
-                    self._say(f"Stopped by SIGTERM after step {state.step}; the same command continues.")
-                    self._end()
-                    raise Terminated(TERMINATED)
+    def describe_data(self) -> str:
+        """Numbers of pictures and classes."""
+        return f"{len(self.pictures):,} pictures of {len(self.pictures.data.vocabulary)} classes"
 
-    def finish(self, command: str) -> dict[str, Any]:
-        """Export the model and write `result.json`."""
-        recipe, state = self.recipe, self.state
-        wanted = state.best_step if recipe.export.weights == "best" and state.best_step is not None else state.step
-        result = {
-            "steps": state.step,
-            "seconds": round(state.seconds, 1),
-            "cpu_seconds": round(state.cpu_seconds, 1),
-            "best_step": state.best_step,
-            "best_miou": state.best_score,
-            "exported_step": wanted,
-            "trainable_parameters": trainable_parameters(self.model),
-            "processes": self.accelerator.num_processes,
-            **self.folder.evaluation_of(wanted),
-        }
-        if wanted != state.step:
-            self.model.load_state_dict(self.store.weights(wanted))
-        weights = self.accelerator.get_state_dict(self.wrapped)
-        self._on_main(
-            lambda: export_model(
-                self.folder.model,
-                self.model,
-                weights,
-                self.processor,
-                recipe,
-                {**result, **self.code, "command": command},
-            )
-        )
-        self._on_main(lambda: self.folder.write_result(result))
-        self._say(f"Exported step {wanted} to {self.folder.model}.")
-        self._end()
-        return result
-
-    def _end(self) -> None:
-        # the wrapper first: freed after its process group it hangs
-        del self.wrapped, self.optimizer
-        self.accelerator.free_memory()
-        self.accelerator.end_training()
-
-    def _tick(self) -> None:
-        """Add the time since the last call to the state's."""
-        (wall, cpu), self._clock = self._clock, (time.monotonic(), time.process_time())
-        self.state.seconds += self._clock[0] - wall
-        self.state.cpu_seconds += self._clock[1] - cpu
-
-    def _batches(self) -> Iterator[dict[str, torch.Tensor]]:
-        accelerator, recipe = self.accelerator, self.recipe
-        order = StepBatches(
-            self.state.step,
-            recipe.steps,
-            recipe.batch_size,
-            recipe.accumulation,
-            accelerator.process_index,
-            accelerator.num_processes,
-        )
-        on_gpu = accelerator.device.type == "cuda"
-        return iter(training_loader(self.samples, order, self.processor.image_processor, recipe.num_workers, on_gpu))
-
-    def _optimizer_step(self, batches: Iterator[dict[str, torch.Tensor]]) -> None:
-        accelerator, recipe, step = self.accelerator, self.recipe, self.state.step
-        set_learning_rates(self.optimizer, learning_rate_factor(recipe.schedule, step, recipe.steps))
-        figures: dict[str, torch.Tensor] = {}
-        for micro_batch in range(recipe.accumulation):
-            batch = {key: value.to(accelerator.device) for key, value in next(batches).items()}
-            seed_step(recipe.seed, step, micro_batch, accelerator.process_index)
-            with accelerator.accumulate(self.wrapped):
-                outputs = self.wrapped(**batch, **self.text)
-                accelerator.backward(outputs.loss)
-                for name, value in {"loss": outputs.loss, **outputs.loss_dict}.items():
-                    figures[name] = figures.get(name, 0) + value.detach().double() / recipe.accumulation
-                if accelerator.sync_gradients and recipe.clip_grad_norm is not None:
-                    norm = accelerator.clip_grad_norm_(self.wrapped.parameters(), recipe.clip_grad_norm)
-                    figures["grad_norm"] = norm.detach().double()
-                self.optimizer.step()
-                self.optimizer.zero_grad()
-        if not torch.isfinite(figures["loss"]):
-            raise FloatingPointError(
-                f"The loss is {figures['loss'].item()} at optimizer step {step + 1}. Lower the learning rate, clip the "
-                f"gradient (clip_grad_norm), or train in full precision (precision: no). The last checkpoint is intact."
-            )
-        names = list(figures)
-        values = accelerator.reduce(torch.stack([figures[name].float() for name in names]), reduction="mean")
-        for name, value in zip(names, values.tolist(), strict=True):
-            self.state.sums[name] = self.state.sums.get(name, 0.0) + value
-        self.state.count += 1
-
-    def _log(self) -> float:
-        """Write the means since the last line; returns the loss."""
-        state = self.state
-        means = {name: total / state.count for name, total in state.sums.items()}
-        state.sums, state.count = {}, 0
-        rate = {"lr": self.optimizer.param_groups[0]["lr"] / self.optimizer.param_groups[0]["base_lr"]}
-        rate["lr"] *= self.recipe.optimizer.lr
-        self._track({f"train/{name}": value for name, value in {**means, **rate}.items()})
-        speed = state.step * self.recipe.batch_size / state.seconds
-        for tracker in self.accelerator.trackers:
-            if not isinstance(tracker, JSONLinesTracker):  # its file holds nothing that depends on the machine
-                tracker.log({"speed/pictures_per_second": speed}, step=state.step)
-        return means["loss"]
-
-    def _evaluate(self) -> bool:
-        """Evaluate and log; whether the score is the best so far."""
-        recipe, state = self.recipe, self.state
-        started = time.monotonic()
+    def evaluate(self) -> dict[str, Any]:
+        """Mean IoU and its parts on the evaluation split."""
         scores = evaluate(
             self.model,
             self.processor,
             self.evaluation_pictures,
             self.accelerator,
-            averaging=recipe.evaluation.averaging,
-            num_workers=recipe.num_workers,
+            averaging=self.recipe.evaluation.averaging,
+            num_workers=self.recipe.num_workers,
             progress=self._bar("evaluating"),
         )
-        self._track({f"evaluation/{name}": value for name, value in scores.figures().items()})
-        self._say(f"step {state.step}: mIoU {scores.miou:.4f} ({time.monotonic() - started:.0f} s)")
-        improved = state.best_score is None or scores.miou > state.best_score
-        if improved:
-            state.best_score, state.best_step, state.evaluations_without_gain = scores.miou, state.step, 0
-        else:
-            state.evaluations_without_gain += 1
-        return improved
-
-    def _stopped_early(self) -> bool:
-        patience = self.recipe.evaluation.patience
-        return patience is not None and self.state.evaluations_without_gain >= patience
+        return scores.figures()
 
     def _evaluation_pictures(self, data: SegmentationData) -> LabelledPictures | None:
         recipe = self.recipe.evaluation
@@ -277,44 +83,6 @@ class _Run:
             data = load_data(recipe.data, self.recipe.model.model_type)
         split = (recipe.data or self.recipe.data).eval_split
         return None if split is None else data.split(split, recipe.max_samples)
-
-    def _start_trackers(self) -> None:
-        folder = self.folder.path
-        log_with, options = build_trackers(self.recipe.trackers, folder, self.state.step)
-        # accelerate wants them at construction, when the step to continue from is not known yet
-        self.accelerator.log_with = log_with
-        self.accelerator.project_configuration.set_directories(str(folder))
-        self.accelerator.init_trackers("trackers", init_kwargs=options)
-
-    def _track(self, values: dict[str, Any]) -> None:
-        self.accelerator.log(values, step=self.state.step)
-
-    def _any(self, flag: bool) -> bool:
-        """Whether it is set on any process."""
-        if self.accelerator.num_processes == 1:
-            return flag
-        count = self.accelerator.reduce(torch.tensor(float(flag), device=self.accelerator.device))
-        return bool(count.item())
-
-    def _on_main(self, action: Any) -> None:
-        """Run `action` on the main process; its error ends all processes."""
-        error = None
-        if self.accelerator.is_main_process:
-            try:
-                action()
-            except Exception as caught:
-                error = caught
-        outcome = broadcast_object_list([error]) if self.accelerator.num_processes > 1 else [error]
-        if outcome[0] is not None:
-            raise outcome[0]
-
-    def _bar(self, description: str) -> Any:
-        disable = not self.accelerator.is_local_main_process
-        return functools.partial(tqdm, desc=description, unit="picture", leave=False, disable=disable)
-
-    def _say(self, message: str) -> None:
-        if self.accelerator.is_main_process:
-            tqdm.write(message)
 
 
 def load_data(recipe: DataRecipe, protocol: str | None) -> SegmentationData:
@@ -332,16 +100,4 @@ def load_data(recipe: DataRecipe, protocol: str | None) -> SegmentationData:
     )
 
 
-@contextlib.contextmanager
-def _termination_flag() -> Iterable[list[bool]]:
-    """A one-element list that becomes [True] when SIGTERM arrives; the handler before it is put back at the end."""
-    flag = [False]
-
-    def note(signum: int, frame: Any) -> None:
-        flag[0] = True
-
-    before = signal.signal(signal.SIGTERM, note)
-    try:
-        yield flag
-    finally:
-        signal.signal(signal.SIGTERM, before)
+__all__ = ["SegmentationRun", "Terminated", "load_data", "train"]

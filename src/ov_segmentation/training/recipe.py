@@ -241,6 +241,11 @@ def load_recipe(path: str | Path, assignments: Sequence[str] = ()) -> Recipe:
         RecipeError: anything wrong in it, with its place.
         FileNotFoundError: no such file.
     """
+    return from_mapping(Recipe, read_recipe(path, assignments))
+
+
+def read_recipe(path: str | Path, assignments: Sequence[str] = ()) -> Any:
+    """The values in a recipe file, with overrides applied; errors: see [`load_recipe`]."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"No recipe at {path}. The ones that come with the project are in examples/recipes/.")
@@ -250,7 +255,7 @@ def load_recipe(path: str | Path, assignments: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"{path} is not YAML: {error}") from error
     for assignment in assignments:
         override(values, assignment)
-    return from_mapping(Recipe, values)
+    return values
 
 
 def recipe_values(recipe: Recipe) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from transformers import initialization as init
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from ...layers.learned_prompts import LearnedPrompt
-from ...layers.mask_crops import cropped_masks, mask_boxes, masked_crops
+from ...layers.mask_crops import crop_for_clip, mask_boxes
 from ...layers.mask_prompts import DeepPrompts, MaskPrompts, encode_crops
 from ...layers.maskformer import MaskProposalNetwork, MaskProposals, init_mask_proposal_weights
 from ...layers.sliding_window import cut_views, split_pictures, view_boxes
@@ -170,23 +170,44 @@ class OVSegForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
         if for_training:
             state.auxiliary = auxiliary
         elif ensemble_weight is not None:
-            state.crop_features, state.valid = self._encode_proposals(
-                pixel_values, last.mask_logits, reshaped_input_sizes.tolist(), crop_batch_size
-            )
+            sizes, padded = reshaped_input_sizes.tolist(), pixel_values.shape[-2:]
+            masks = [
+                self._binary_masks(logits, padded, size) for logits, size in zip(last.mask_logits, sizes, strict=True)
+            ]
+            state.crop_features, state.valid = self.encode_masks(pixel_values, masks, crop_batch_size)
         return state
 
-    def _encode_proposals(
-        self,
-        pixel_values: torch.Tensor,
-        mask_logits: torch.Tensor,
-        sizes: list[list[int]],
-        crop_batch_size: int | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """CLIP's unit features `[B, N, D]` of the proposals' crops, and which proposals are valid, `[B, N]`."""
-        pictures = self._clip_pixels(pixel_values)
-        masks = [
-            self._binary_masks(m, pixel_values.shape[-2:], size) for m, size in zip(mask_logits, sizes, strict=True)
+    @torch.no_grad()
+    def propose_masks(self, pixel_values: torch.Tensor, reshaped_input_sizes: torch.Tensor) -> list[torch.Tensor]:
+        """Each picture's binary proposals, bool `[N, h, w]` at the size of the resized picture; some may be empty.
+
+        Args:
+            pixel_values: `[B, 3, H, W]` from the image processor.
+            reshaped_input_sizes: `[B, 2]`, likewise.
+        """
+        pixel_values = pixel_values.to(self.device, self.dtype)
+        (proposals,) = self.proposal_network(pixel_values)
+        return [
+            self._binary_masks(logits, pixel_values.shape[-2:], size)
+            for logits, size in zip(proposals.mask_logits, reshaped_input_sizes.tolist(), strict=True)
         ]
+
+    def encode_masks(
+        self, pixel_values: torch.Tensor, masks: list[torch.Tensor], crop_batch_size: int | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """What CLIP sees in given masks.
+
+        Args:
+            pixel_values: `[B, 3, H, W]` from the image processor.
+            masks: bool `[N, h, w]` for each picture, at the size of the resized picture; the same N for all.
+            crop_batch_size: masks that go through CLIP at once; None: all.
+
+        Returns:
+            Features `[B, N, D]` float32, L2-normalised, zero for empty masks; and which masks are not empty, `[B, N]`.
+        """
+        pictures = self._clip_pixels(pixel_values.to(self.device, self.dtype))
+        masks = [m.to(self.device) for m in masks]
+        sizes = [list(m.shape[-2:]) for m in masks]
         valid = torch.stack([m.flatten(1).any(dim=1) for m in masks])
         features = torch.zeros(*valid.shape, self.embedding_size, device=valid.device)
         which = valid.nonzero()
@@ -223,13 +244,9 @@ class OVSegForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
         return torch.cat([crops for crops, _ in parts]), torch.cat([crop_masks for _, crop_masks in parts])
 
     def _crop(self, picture: torch.Tensor, masks: torch.Tensor, size: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        picture, side = picture[:, : size[0], : size[1]], self.config.crop_size
         boxes = mask_boxes(masks, self.config.mask_expand_ratio)
-        fill = None
-        if self.config.mask_fill == "zero":
-            fill = -picture.new_tensor(OPENAI_CLIP_MEAN) / picture.new_tensor(OPENAI_CLIP_STD)
-        visible = torch.ones_like(masks) if self.config.mask_fill == "none" else masks
-        return masked_crops(picture, visible, boxes, side, fill), cropped_masks(masks, boxes, side)
+        picture = picture[:, : size[0], : size[1]]
+        return crop_for_clip(picture, masks, boxes, self.config.crop_size, self.config.mask_fill)
 
     def _encode_crops(self, crops: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
         features = encode_crops(self.clip.vision_model, self.clip.visual_projection, crops, masks, self.visual_prompts)

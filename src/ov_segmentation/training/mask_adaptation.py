@@ -1,0 +1,290 @@
+"""Adaptation of OVSeg's CLIP to masked crops: fine-tuning, prompt tuning, or both, on pairs of crop and noun.
+
+Liang et al., "Open-Vocabulary Semantic Segmentation with Mask-adapted CLIP" (2023), sections 3.2 and 3.3. The loss is
+CLIP's own (Radford et al., 2021, section 2.3) over the pairs of all processes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import distributed, nn
+from torch.nn.functional import normalize
+from torch.utils.data import Dataset
+from transformers import CLIPModel
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+from transformers.utils import ModelOutput
+
+from ..data.datasets import build_vocabulary
+from ..data.mask_pairs import MaskPair, MaskPairs, load_mask_pairs
+from ..layers.mask_crops import crop_for_clip
+from ..layers.mask_prompts import DeepPrompts, MaskPrompts, encode_crops
+from ..strict_mapping import RecipeError
+from ..text_encoding import encode_prompts
+from ..vocabulary import Vocabulary
+from .adaptation_recipe import AdaptationRecipe, PromptsRecipe
+from .building import build_model_and_processor
+from .contrastive import contrastive_loss
+from .masked_crop_accuracy import masked_crop_accuracy
+from .randomness import AUGMENTATION, derive_generator, epoch_order
+from .run import TrainingRun
+
+MAX_LOGIT_SCALE = math.log(100)
+
+
+@dataclass
+class AdaptationOutput(ModelOutput):
+    """`loss`, its terms, and the L2-normalised features `[B, D]` of this process's pairs."""
+
+    loss: torch.Tensor | None = None
+    loss_dict: dict[str, torch.Tensor] | None = None
+    image_features: torch.Tensor | None = None
+    text_features: torch.Tensor | None = None
+
+
+class MaskAdaptation(nn.Module):
+    """A CLIP and visual prompts in contrastive training on masked crops; parts of an OVSeg model, under its names.
+
+    Args:
+        clip: trained on its image side, or not at all; the temperature is trained in both cases.
+        visual_prompts: None: CLIP sees crops as they are.
+        train_clip, train_prompts: what is trained.
+        equal_nouns, gather_with_gradient: see `AdaptationRecipe`.
+    """
+
+    def __init__(
+        self,
+        clip: CLIPModel,
+        visual_prompts: MaskPrompts | DeepPrompts | None,
+        train_clip: bool,
+        train_prompts: bool,
+        equal_nouns: str = "negatives",
+        gather_with_gradient: bool = True,
+    ) -> None:
+        super().__init__()
+        self.clip, self.visual_prompts = clip, visual_prompts
+        self.equal_nouns, self.gather_with_gradient = equal_nouns, gather_with_gradient
+        self.requires_grad_(False)
+        self.clip.logit_scale.requires_grad_(True)
+        if train_clip:
+            self.clip.vision_model.requires_grad_(True)
+            self.clip.visual_projection.requires_grad_(True)
+        if train_prompts:
+            self.visual_prompts.requires_grad_(True)
+
+    def forward(self, crops: torch.Tensor, masks: torch.Tensor, input_ids: torch.Tensor) -> AdaptationOutput:
+        """The symmetric contrastive loss.
+
+        Args:
+            crops: `[B, 3, S, S]` in CLIP's normalisation.
+            masks: bool `[B, S, S]`.
+            input_ids: `[B, L]`: the text of each crop's noun.
+        """
+        clip = self.clip
+        images = encode_crops(clip.vision_model, clip.visual_projection, crops, masks, self.visual_prompts)
+        images = normalize(images.float(), dim=-1)
+        with torch.no_grad():
+            texts = encode_prompts(input_ids, clip.text_model.config.eos_token_id, self._text_features).float()
+        all_images, all_texts = gather_features(images, self.gather_with_gradient), gather_features(texts, False)
+        fits = torch.eye(len(all_texts), dtype=torch.bool, device=texts.device)
+        if self.equal_nouns == "ignored":
+            # the text side is frozen: equal nouns have equal features, up to the batch they were computed in
+            fits = all_texts @ all_texts.T > 1 - 1e-5
+        loss = contrastive_loss(all_images, all_texts, clip.logit_scale.float(), fits)
+        return AdaptationOutput(
+            loss=loss, loss_dict={"loss_contrastive": loss}, image_features=images, text_features=texts
+        )
+
+    def _text_features(self, input_ids: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+        hidden = self.clip.text_model(input_ids=input_ids).last_hidden_state
+        return self.clip.text_projection(hidden[torch.arange(len(hidden), device=hidden.device), ends])
+
+
+def gather_features(features: torch.Tensor, with_gradient: bool) -> torch.Tensor:
+    """The features `[B, D]` of all processes, in their order, `[processes * B, D]`.
+
+    Every process computes the same loss of all features, and averaging gradients over processes divides each process's
+    own by their number. `with_gradient` multiplies them by it beforehand, which gives what one process with all pairs
+    has; without, the gradient of the features is 1/processes of that, as in the original.
+    """
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return features
+    processes, rank = distributed.get_world_size(), distributed.get_rank()
+    gathered = [torch.empty_like(features) for _ in range(processes)]
+    distributed.all_gather(gathered, features.detach().contiguous())
+    if with_gradient:
+        constant = features.detach()
+        features = constant + processes * (features - constant)
+    gathered[rank] = features
+    return torch.cat(gathered)
+
+
+# ---------------------------------------------------------------------- pairs as batches
+
+
+class CropSample(NamedTuple):
+    """A pair, and the box (x0, y0, x1, y1) of the part of its crop that is seen."""
+
+    pair: MaskPair
+    box: tuple[int, int, int, int]
+
+
+class CropSamples(Dataset):
+    """The endless training sequence of pairs, by position; see `TrainingSamples`."""
+
+    def __init__(self, pairs: MaskPairs, recipe: AdaptationRecipe) -> None:
+        self.pairs, self.recipe = pairs, recipe
+        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
+
+    def __getitem__(self, position: int) -> CropSample:
+        epoch, place = divmod(position, len(self.pairs))
+        if self._order[0] != epoch:
+            self._order = (epoch, epoch_order(self.recipe.seed, epoch, len(self.pairs)))
+        index = int(self._order[1][place])
+        pair = self.pairs[index]
+        generator = derive_generator(self.recipe.seed, AUGMENTATION, epoch, index)
+        return CropSample(pair, random_box(pair.mask, self.recipe.crop_scale, self.recipe.crop_ratio, generator))
+
+
+def random_box(
+    mask: np.ndarray, scale: tuple[float, float], ratio: tuple[float, float], generator: np.random.Generator
+) -> tuple[int, int, int, int]:
+    """A part of a crop (x0, y0, x1, y1) with a share of its area in `scale` and an aspect in `ratio`.
+
+    The aspect is relative to the crop's own: a crop is stretched to a square whatever its form. After ten draws that do
+    not fit, or show nothing of the mask, it is the whole crop.
+    """
+    height, width = mask.shape
+    for _ in range(10):
+        area = generator.uniform(*scale)
+        aspect = math.exp(generator.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        w, h = round(width * math.sqrt(area * aspect)), round(height * math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            x, y = int(generator.integers(0, width - w + 1)), int(generator.integers(0, height - h + 1))
+            if mask[y : y + h, x : x + w].any():
+                return x, y, x + w, y + h
+    return 0, 0, width, height
+
+
+def crop_inputs(samples: Sequence[CropSample], size: int, mask_fill: str = "mean") -> tuple[torch.Tensor, torch.Tensor]:
+    """CLIP's inputs as OVSeg makes them at inference: `[B, 3, size, size]` and bool masks `[B, size, size]`."""
+    mean, std = (torch.tensor(values)[:, None, None] for values in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
+    crops, masks = [], []
+    for (crop, mask, _), box in samples:
+        picture = (torch.tensor(crop).permute(2, 0, 1).float() / 255 - mean) / std
+        mask, boxes = torch.tensor(mask)[None], torch.tensor([box])
+        inputs = crop_for_clip(picture, mask, boxes, size, mask_fill)
+        crops.append(inputs[0])
+        masks.append(inputs[1])
+    return torch.cat(crops), torch.cat(masks)
+
+
+class CropBatchMaker:
+    """Turns samples into inputs of [`MaskAdaptation`].
+
+    Args:
+        tokenizer: CLIP's.
+        size: side of CLIP's input.
+        template: the text of a noun.
+        mask_fill: what masked-out pixels become, see `OVSegConfig`.
+    """
+
+    def __init__(self, tokenizer: Any, size: int, template: str = "{}", mask_fill: str = "mean") -> None:
+        self.tokenizer, self.size, self.template, self.mask_fill = tokenizer, size, template, mask_fill
+
+    def __call__(self, samples: Sequence[CropSample]) -> dict[str, torch.Tensor]:
+        """`crops`, `masks` and `input_ids`."""
+        texts = [self.template.replace("{}", sample.pair.noun) for sample in samples]
+        tokens = self.tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")
+        crops, masks = crop_inputs(samples, self.size, self.mask_fill)
+        return {"crops": crops, "masks": masks, "input_ids": tokens["input_ids"]}
+
+
+# ---------------------------------------------------------------------- the run
+
+
+def adapt(recipe: AdaptationRecipe, output: str | Path, resume: str = "auto", command: str = "") -> dict[str, Any]:
+    """Adapt the CLIP of an OVSeg model and export the model; arguments, folder, errors: see `training.loop.train`."""
+    return AdaptationRun(recipe, Path(output), resume).execute(command)
+
+
+class AdaptationRun(TrainingRun):
+    """A run of [`adapt`], scored by its zero-shot accuracy on masked crops."""
+
+    score_name = "top1"
+
+    def prepare(self) -> None:
+        """Load the pairs; build the model, its prompts and what is trained of it."""
+        recipe, data = self.recipe, self.recipe.data
+        self.pairs = load_mask_pairs(data.sources, data.split, data.probabilities, recipe.seed)
+        self.test_pairs, names = None, []
+        if data.evaluation is not None:
+            self.test_pairs = load_mask_pairs(
+                data.evaluation, data.evaluation_split, max_samples=data.max_evaluation_samples
+            )
+            names = self.test_pairs.nouns if data.class_names is None else data.class_names
+        self.evaluates = self.test_pairs is not None
+        vocabularies = [build_vocabulary(names, "ovseg")] if names else []
+        self.class_names = vocabularies[0] if names else None
+        self.model, self.processor = build_model_and_processor(recipe, [*vocabularies, Vocabulary(self.pairs.nouns)])
+        if self.model.config.model_type != "ovseg":
+            raise RecipeError(f"model must be an OVSeg model, the recipe's is {self.model.config.model_type}.")
+        prepare_prompts(self.model, recipe.prompts)
+        self.trained = MaskAdaptation(
+            self.model.clip,
+            self.model.visual_prompts,
+            recipe.train_clip,
+            recipe.prompts.use == "trained",
+            recipe.equal_nouns,
+            recipe.gather_with_gradient,
+        )
+        self.samples = CropSamples(self.pairs, recipe)
+        config = self.model.config
+        self.make_batch = CropBatchMaker(self.processor.tokenizer, config.crop_size, recipe.template, config.mask_fill)
+        self.model.to(self.accelerator.device)  # evaluation needs all of it
+
+    def describe_data(self) -> str:
+        """Numbers of pairs and nouns."""
+        return f"{len(self.pairs):,} pairs of {len(self.pairs.nouns):,} nouns"
+
+    @torch.no_grad()
+    def after_step(self) -> None:
+        """The temperature factor stays between 1 and 100."""
+        self.trained.clip.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
+
+    def evaluate(self) -> dict[str, Any]:
+        """Zero-shot accuracy on the evaluation's crops."""
+        return masked_crop_accuracy(
+            self.model, self.processor, self.test_pairs, self.class_names, self.accelerator, self._bar("evaluating")
+        )
+
+    def exported_weights(self, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The whole model's: what is not adapted is as it was."""
+        return {**self.model.state_dict(), **weights}
+
+
+def prepare_prompts(model: Any, recipe: PromptsRecipe) -> None:
+    """Give an OVSeg model the prompts that a recipe asks for, in place.
+
+    Raises:
+        RecipeError: prompts are to stay as they are and there are none.
+    """
+    if recipe.use == "none":
+        model.set_visual_prompts("none")
+        return
+    config, wanted = model.config, (recipe.kind, recipe.depth, recipe.number)
+    given = (config.prompt_type, config.prompt_depth, config.num_deep_prompts)
+    fits = given[0] == recipe.kind and all(w is None or w == g for w, g in zip(wanted[1:], given[1:]))
+    if recipe.use == "frozen" and not fits:
+        raise RecipeError(
+            f"prompts.use is 'frozen', but the model has no such prompts: its prompt_type is {config.prompt_type!r}, "
+            f"depth {config.prompt_depth}. Train prompts first (use: trained), or leave them out (use: none)."
+        )
+    if recipe.fresh or not fits:
+        model.set_visual_prompts(*wanted)
