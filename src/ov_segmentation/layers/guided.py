@@ -2,7 +2,7 @@
 
 Features belong to one class each, guidance often to all classes of a picture or to all positions of a class.
 W [x, g] = W_x x + W_g g, so guidance's share is computed once and added, which saves half of the work where guidance is
-as wide as the features. Training takes the plain order.
+as wide as the features.
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ from torch.nn import functional as F
 
 def guided_linear(linear: nn.Linear, features: torch.Tensor, guidance: torch.Tensor) -> torch.Tensor:
     """linear([features, guidance]): `[..., C]` and a broadcastable `[..., G]` -> `[..., out_features]`."""
-    if torch.is_grad_enabled():  # the originals' order: rounding decides about gradients at a ReLU's kink
-        return linear(torch.cat([features, guidance.expand(*features.shape[:-1], -1)], dim=-1))
     channels = features.shape[-1]
     shared = F.linear(guidance, linear.weight[:, channels:], linear.bias)
     return F.linear(features, linear.weight[:, :channels]) + shared

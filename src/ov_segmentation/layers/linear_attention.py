@@ -175,8 +175,6 @@ class TextClassAttention(ClassLayer):
 
 def _positive(features: torch.Tensor) -> torch.Tensor:
     """phi(x) = elu(x) + 1, written so that it takes half the time."""
-    if torch.is_grad_enabled():
-        return F.elu(features) + 1
     return features.clamp(max=0).exp() + F.relu(features)
 
 

@@ -8,8 +8,7 @@ guidance from the picture is the same for every class, so the block computes wha
 - the picture's share of the first convolution is computed once per picture and added to all of its classes;
 - nothing is concatenated or repeated per class.
 
-Results differ from the plain order by rounding only. With gradients the block takes the plain order: where rounding moves
-a value across a ReLU's kink, a gradient changes by much more, and training would not be the original's.
+Results differ from the plain order by rounding only.
 """
 
 from __future__ import annotations
@@ -32,20 +31,15 @@ class PreparedUpsampling(NamedTuple):
 
     Args:
         combined: `[C, out_channels, 4, 4]`, both convolutions in one; None where upsampling is bilinear.
-        shared: `[1 or B, out_channels, 2h, 2w]`, from biases and image guidance; None: take the plain order.
-        image_guidance: `[B, image_channels, 2h, 2w]`, for the plain order.
+        shared: `[1 or B, out_channels, 2h, 2w]`, from biases and image guidance.
     """
 
     combined: torch.Tensor | None
-    shared: torch.Tensor | None
-    image_guidance: torch.Tensor | None = None
+    shared: torch.Tensor
 
     def of_pictures(self, rows: slice) -> PreparedUpsampling:
         """The share of some pictures of the batch."""
-        shared, guidance = self.shared, self.image_guidance
-        if shared is not None and len(shared) > 1:
-            shared = shared[rows]
-        return PreparedUpsampling(self.combined, shared, None if guidance is None else guidance[rows])
+        return self if len(self.shared) == 1 else self._replace(shared=self.shared[rows])
 
 
 class GuidedUpsampling(GradientCheckpointingLayer):
@@ -77,8 +71,6 @@ class GuidedUpsampling(GradientCheckpointingLayer):
             size: (2h, 2w), of the output.
             image_guidance: `[B, image_channels, 2h, 2w]`.
         """
-        if torch.is_grad_enabled():
-            return PreparedUpsampling(None, None, image_guidance)
         of_up, of_image, _ = self.conv1.weight.split(self.splits, dim=1)
         if self.up is None:
             if image_guidance is None:
@@ -109,8 +101,6 @@ class GuidedUpsampling(GradientCheckpointingLayer):
             class_guidance: `[N, 2h, 2w, class_channels]`.
         """
         shared = prepared.shared
-        if shared is None:
-            return self._plain(features, counts, prepared.image_guidance, class_guidance)
         elements = 4 * features.shape[1] * features.shape[2] * self.conv1.out_channels
         if len(shared) == 1:
             return in_pieces(lambda f, c: self._run(prepared, f, c, shared), elements, features, class_guidance)
@@ -136,22 +126,3 @@ class GuidedUpsampling(GradientCheckpointingLayer):
             mixed += F.conv2d(class_guidance.permute(0, 3, 1, 2), of_class, padding=1)
         hidden = F.relu(self.norm1(mixed), inplace=True)
         return F.relu(self.norm2(self.conv2(hidden)), inplace=True).permute(0, 2, 3, 1)
-
-    def _plain(
-        self,
-        features: torch.Tensor,
-        counts: Sequence[int],
-        image_guidance: torch.Tensor | None,
-        class_guidance: torch.Tensor | None,
-    ) -> torch.Tensor:
-        features = features.permute(0, 3, 1, 2)
-        if self.up is None:
-            parts = [F.interpolate(features, scale_factor=2, mode="bilinear", align_corners=False)]
-        else:
-            parts = [self.up(features)]
-        if image_guidance is not None:
-            parts.append(image_guidance.repeat_interleave(torch.tensor(counts, device=features.device), dim=0))
-        if class_guidance is not None:
-            parts.append(class_guidance.permute(0, 3, 1, 2))
-        hidden = F.relu(self.norm1(self.conv1(torch.cat(parts, dim=1))))
-        return F.relu(self.norm2(self.conv2(hidden))).permute(0, 2, 3, 1)

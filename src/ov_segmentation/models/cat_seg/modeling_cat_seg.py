@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -20,7 +20,7 @@ from ...layers.linear_attention import ClassAttention, ClassSums, add_pooled, po
 from ...layers.picture_stretching import stretch_pictures
 from ...layers.projected_skip import ProjectedSkip
 from ...layers.sliding_window import cut_views, resize, split_pictures, view_boxes
-from ...layers.upsampling import GuidedUpsampling
+from ...layers.upsampling import GuidedUpsampling, PreparedUpsampling
 from ...losses_per_class import per_class_cross_entropy
 from ...modeling_base import FROM_CONFIG, OpenVocabularySegmentationModel
 from ...modeling_outputs import ImageState, OpenVocabularySegmentationOutput
@@ -47,6 +47,24 @@ class CATSegImageState(ImageState):
     skips: tuple[torch.Tensor, ...] | None = None
 
 
+class ClassChunk(NamedTuple):
+    """Some classes of R rows on their way through the aggregation.
+
+    Args:
+        features: `[R, T, h * w, C]`.
+        text: their projected text embeddings `[R, T, G]`.
+    """
+
+    features: torch.Tensor
+    text: torch.Tensor
+
+    @property
+    def counts(self) -> list[int]:
+        """Of each row, the number of classes."""
+        rows, num_classes = self.text.shape[:2]
+        return [num_classes] * rows
+
+
 class CostAggregationLayer(nn.Module):
     """Spatial aggregation of each class, then class aggregation at each position.
 
@@ -69,39 +87,26 @@ class CostAggregationLayer(nn.Module):
         missing = max(0, self.padding_length - num_classes)
         return ClassSums(*(part.repeat(1, num_positions, 1, 1) for part in repeated(one, missing)))
 
-    def forward(
-        self,
-        chunks: list[torch.Tensor],
-        appearance: torch.Tensor,
-        texts: list[torch.Tensor],
-        grid: tuple[int, int],
-        pooling: int,
-    ) -> list[torch.Tensor]:
-        """Aggregate all classes of R rows, chunk by chunk; the result does not depend on the chunks.
+    def forward(self, chunks: list[ClassChunk], appearance: torch.Tensor, grid: tuple[int, int], pooling: int) -> None:
+        """Aggregate all classes of R rows, in place in the list; the result does not depend on the chunks.
 
         Args:
-            chunks: features `[R, T_i, h * w, C]` of some classes each. The list is used up.
+            chunks: all classes of the rows.
             appearance: `[R, 1, h * w, A]`.
-            texts: projected text embeddings `[R, T_i, G]`.
             grid: (h, w).
             pooling: average pooling in front of the class aggregation.
-
-        Returns:
-            features as in `chunks`.
         """
-        rows = len(appearance)
-        num_classes = sum(chunk.shape[1] for chunk in chunks)
+        num_classes = sum(chunk.features.shape[1] for chunk in chunks)
         sums = self.padding_sums(num_classes, (grid[0] // pooling) * (grid[1] // pooling))
-        guidances = [text.flatten(0, 1) for text in texts]
-        for i, guidance in enumerate(guidances):
-            chunks[i] = self.spatial(chunks[i], appearance, grid)
-            tokens = pool_positions(chunks[i].flatten(0, 1).unflatten(1, grid), pooling)
-            sums = self.classes.class_sums(tokens, [texts[i].shape[1]] * rows, guidance) + sums
-        for i, guidance in enumerate(guidances):
-            features = chunks[i].flatten(0, 1).unflatten(1, grid)
-            tokens = self.classes(pool_positions(features, pooling), [texts[i].shape[1]] * rows, sums, guidance)
-            chunks[i] = add_pooled(features, tokens, pooling).view(chunks[i].shape)
-        return chunks
+        for i, (features, text) in enumerate(chunks):
+            features = self.spatial(features, appearance, grid)
+            chunks[i] = ClassChunk(features, text)
+            tokens = pool_positions(features.flatten(0, 1).unflatten(1, grid), pooling)
+            sums = self.classes.class_sums(tokens, chunks[i].counts, text.flatten(0, 1)) + sums
+        for i, (features, text) in enumerate(chunks):
+            maps = features.flatten(0, 1).unflatten(1, grid)
+            tokens = self.classes(pool_positions(maps, pooling), chunks[i].counts, sums, text.flatten(0, 1))
+            chunks[i] = ClassChunk(add_pooled(maps, tokens, pooling).view(features.shape), text)
 
 
 class CATSegForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
@@ -244,19 +249,8 @@ class CATSegForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
             if kept is not None:
                 row_cost = row_cost.gather(1, kept[rows][:, :, None, None, None].expand(-1, -1, *cost.shape[2:]))
                 row_text = row_text.gather(1, kept[rows][:, :, None].expand(-1, -1, row_text.shape[-1]))
-            skips = [skip[rows] for skip in state.skips]
-            appearance = state.appearance_guidance[rows]
-            parts.append(
-                self._aggregate(
-                    row_cost,
-                    row_text,
-                    appearance,
-                    skips,
-                    class_attention_pooling,
-                    class_chunk_size,
-                    output_hidden_states,
-                )
-            )
+            chunks = self._embed(row_cost, row_text, class_chunk_size)
+            parts.append(self._aggregate(chunks, state, rows, class_attention_pooling, output_hidden_states))
         used = torch.cat([logits for logits, _ in parts])
         outputs = OpenVocabularySegmentationOutput(logits=used, score_function="sigmoid")
         if kept is not None:
@@ -274,38 +268,46 @@ class CATSegForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
             outputs.loss = loss
         return outputs
 
-    def _aggregate(
-        self,
-        cost: torch.Tensor,
-        text: torch.Tensor,
-        appearance: torch.Tensor,
-        skips: list[torch.Tensor],
-        pooling: int,
-        chunk_size: int | None,
-        keep_states: bool,
-    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Logits `[R, T, 4h, 4w]` of cosines `[R, T, P, h, w]`; with `keep_states`, also the features
-        `[R, T, h * w, C]` before and after each layer."""
-        rows, num_classes, _, *grid = cost.shape
+    def _embed(self, cost: torch.Tensor, text: torch.Tensor, chunk_size: int | None) -> list[ClassChunk]:
+        """Chunks of embedded cosines `[R, T, P, h, w]` with their projected texts `[R, T, G]`."""
+        rows, num_classes = cost.shape[:2]
         at_once = max(1, chunk_size // rows) if chunk_size else num_classes
-        texts = list(text.split(at_once, dim=1))
-        chunks = [
-            self.cost_embedding(part.flatten(0, 1)).flatten(2).transpose(1, 2).unflatten(0, (rows, -1))
-            for part in cost.split(at_once, dim=1)
+        return [
+            ClassChunk(
+                self.cost_embedding(some_cost.flatten(0, 1)).flatten(2).transpose(1, 2).unflatten(0, (rows, -1)),
+                some_text,
+            )
+            for some_cost, some_text in zip(cost.split(at_once, dim=1), text.split(at_once, dim=1), strict=True)
         ]
-        states = [torch.cat(chunks, dim=1)] if keep_states else []
-        for layer in self.layers:
-            chunks = layer(chunks, appearance, texts, tuple(grid), pooling)
+
+    def _aggregate(
+        self, chunks: list[ClassChunk], state: CATSegImageState, rows: slice, pooling: int, keep_states: bool
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Logits `[R, T, 4h, 4w]` of all chunks of some rows; with `keep_states`, also the features `[R, T, h * w, C]`
+        before and after each layer."""
+        grid, appearance = tuple(state.dense_features.shape[-2:]), state.appearance_guidance[rows]
+        states = []
+        for layer in (None, *self.layers):
+            if layer is not None:
+                layer(chunks, appearance, grid, pooling)
             if keep_states:
-                states.append(torch.cat(chunks, dim=1))
-        logits = [self._decode(chunk, skips, tuple(grid)) for chunk in chunks]
+                states.append(torch.cat([chunk.features for chunk in chunks], dim=1))
+        prepared = [
+            stage.prepare(tuple(skip.shape[-2:]), skip[rows])
+            for stage, skip in zip(self.decoder, state.skips, strict=True)
+        ]
+        logits = []
+        while chunks:
+            logits.append(self._decode(chunks.pop(0).features, prepared, grid))
         return torch.cat(logits, dim=1), states
 
-    def _decode(self, features: torch.Tensor, skips: list[torch.Tensor], grid: tuple[int, int]) -> torch.Tensor:
+    def _decode(
+        self, features: torch.Tensor, prepared: list[PreparedUpsampling], grid: tuple[int, int]
+    ) -> torch.Tensor:
         rows, num_classes = features.shape[:2]
         maps = features.flatten(0, 1).unflatten(1, grid)
-        for stage, skip in zip(self.decoder, skips, strict=True):
-            maps = stage(maps, [num_classes] * rows, skip)
+        for stage, of_pictures in zip(self.decoder, prepared, strict=True):
+            maps = stage(maps, [num_classes] * rows, of_pictures)
         return self.head(maps.permute(0, 3, 1, 2)).view(rows, num_classes, *maps.shape[1:3])
 
     def _check_request(
