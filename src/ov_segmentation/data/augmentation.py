@@ -127,6 +127,43 @@ class RandomCrop:
 
 
 @dataclass(frozen=True)
+class RandomResizedCrop:
+    """Cut a window of random area and shape and resize it to `height` x `width` (Szegedy et al., 2015).
+
+    Args:
+        height, width: size of the result.
+        scale: smallest and largest share of the picture's area.
+        ratio: smallest and largest width / height of the window; uniform on a logarithmic scale.
+        keep_label: windows without a labelled pixel are drawn again. After ten windows that do not fit, or hold none,
+            the whole picture is taken.
+    """
+
+    height: int
+    width: int
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    keep_label: bool = True
+
+    def __call__(
+        self, image: Image.Image, label_map: np.ndarray, generator: np.random.Generator
+    ) -> tuple[Image.Image, np.ndarray]:
+        """Crop and resize both; see `Augmentation`."""
+        low, high = np.log(self.ratio)
+        for _ in range(10):
+            area = image.width * image.height * generator.uniform(*self.scale)
+            ratio = np.exp(generator.uniform(low, high))
+            width, height = round((area * ratio) ** 0.5), round((area / ratio) ** 0.5)
+            if not (0 < width <= image.width and 0 < height <= image.height):
+                continue
+            top = int(generator.integers(image.height - height + 1))
+            left = int(generator.integers(image.width - width + 1))
+            window = label_map[top : top + height, left : left + width]
+            if not self.keep_label or (window >= 0).any():
+                return _resize(image.crop((left, top, left + width, top + height)), window, self.height, self.width)
+        return _resize(image, label_map, self.height, self.width)
+
+
+@dataclass(frozen=True)
 class ColourJitter:
     """Brightness, contrast, saturation and hue as in SSD (Liu et al., 2016): each with probability `probability`.
 
@@ -238,6 +275,7 @@ AUGMENTATIONS: dict[str, Callable[..., Augmentation]] = {
     "resize_short_side": ResizeShortSide,
     "random_scale": RandomScale,
     "random_crop": RandomCrop,
+    "random_resized_crop": RandomResizedCrop,
     "colour_jitter": ColourJitter,
     "horizontal_flip": HorizontalFlip,
     "pad_to_size": PadToSize,

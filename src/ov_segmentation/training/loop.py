@@ -9,6 +9,7 @@ import torch
 
 from ..data.augmentation import build_augmentations
 from ..data.datasets import LabelledPictures, SegmentationData, load_segmentation_data
+from ..data.regions import RegionPictures
 from ..evaluation.prediction import evaluate
 from .building import build_model_and_processor
 from .data_loading import BatchMaker, TrainingSamples
@@ -52,6 +53,8 @@ class SegmentationRun(TrainingRun):
         self.model, self.processor = build_model_and_processor(recipe, vocabularies)
         self.trained = self.model
         self.pictures = data.split(recipe.data.train_split)
+        if recipe.data.regions_per_class is not None:
+            self.pictures = RegionPictures(self.pictures, recipe.data.regions_per_class, recipe.seed)
         self.samples = TrainingSamples(self.pictures, build_augmentations(recipe.augmentation), recipe.seed)
         self.make_batch = BatchMaker(self.processor.image_processor)
 

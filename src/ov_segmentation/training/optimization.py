@@ -44,7 +44,7 @@ def parameter_settings(names: Iterable[str], recipe: OptimizerRecipe) -> dict[st
 
 
 def build_optimizer(model: nn.Module, recipe: OptimizerRecipe) -> torch.optim.Optimizer:
-    """AdamW over the parameters that require gradients, grouped by learning rate and weight decay.
+    """AdamW or SGD over the parameters that require gradients, grouped by learning rate and weight decay.
 
     Each group keeps its undecayed rate as `base_lr`, which `set_learning_rates` scales.
     """
@@ -54,12 +54,10 @@ def build_optimizer(model: nn.Module, recipe: OptimizerRecipe) -> torch.optim.Op
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, setting in parameter_settings(parameters, recipe).items():
         groups.setdefault(setting, []).append(parameters[name])
-    return torch.optim.AdamW(
-        [{"params": members, "lr": lr, "base_lr": lr, "weight_decay": wd} for (lr, wd), members in groups.items()],
-        lr=recipe.lr,
-        betas=recipe.betas,
-        eps=recipe.eps,
-    )
+    members = [{"params": group, "lr": lr, "base_lr": lr, "weight_decay": wd} for (lr, wd), group in groups.items()]
+    if recipe.name == "sgd":
+        return torch.optim.SGD(members, lr=recipe.lr, momentum=recipe.momentum)
+    return torch.optim.AdamW(members, lr=recipe.lr, betas=recipe.betas, eps=recipe.eps)
 
 
 def learning_rate_factor(recipe: ScheduleRecipe, step: int, steps: int) -> float:
@@ -71,7 +69,9 @@ def learning_rate_factor(recipe: ScheduleRecipe, step: int, steps: int) -> float
         factor = 0.5 * (1 + math.cos(math.pi * progress))
     else:
         factor = 1.0 if progress < recipe.decay_from else (1 - progress) / (1 - recipe.decay_from)
-    warmup = min(1.0, (step + 1) / (recipe.warmup_steps + 1))
+    if recipe.warmup_factor is not None and step < recipe.warmup_steps:
+        return recipe.warmup_factor
+    warmup = min(1.0, (step + 1) / (recipe.warmup_steps + 1)) if recipe.warmup_factor is None else 1.0
     return factor * warmup
 
 

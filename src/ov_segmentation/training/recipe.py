@@ -86,6 +86,8 @@ class DataRecipe:
             None: from the dataset's features.
         ignore_index: ids in the label maps that are no class.
         reduce_labels: id 0 is ignored and every other id is lowered by one (ADE20K's files).
+        regions_per_class: train on so many regions of each class, cut out, in place of whole pictures; see
+            `ov_segmentation.data.regions`.
     """
 
     name: str
@@ -98,6 +100,7 @@ class DataRecipe:
     class_names: str | list[str | list[str]] | None = None
     ignore_index: int | list[int] | None = None
     reduce_labels: bool = False
+    regions_per_class: int | None = None
 
 
 @dataclass(frozen=True)
@@ -111,19 +114,23 @@ class ParameterGroup:
 
 @dataclass(frozen=True)
 class OptimizerRecipe:
-    """The optimizer. `groups` is ordered; parameters in none of them get `lr` and `weight_decay` as they are."""
+    """The optimizer. `groups` is ordered; parameters in none of them get `lr` and `weight_decay` as they are.
+
+    `betas` and `eps` are AdamW's, `momentum` is SGD's.
+    """
 
     lr: float
-    name: Literal["adamw"] = "adamw"
+    name: Literal["adamw", "sgd"] = "adamw"
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
+    momentum: float = 0.9
     groups: list[ParameterGroup] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class ScheduleRecipe:
-    """Learning rate over optimizer steps t of T, after a linear warm-up.
+    """Learning rate over optimizer steps t of T, after a linear warm-up or, with `warmup_factor`, one at that factor.
 
     "poly": (1 - t/T)^power. "cosine": half a cosine to 0. "constant": 1 until `decay_from` (a share of T), then linear
     to 0.
@@ -132,6 +139,7 @@ class ScheduleRecipe:
     name: Literal["poly", "cosine", "constant"] = "poly"
     power: float = 0.9
     warmup_steps: int = 0
+    warmup_factor: float | None = None
     decay_from: float = 1.0
 
 

@@ -1,0 +1,98 @@
+"""DeOP's three training stages on synthetic scenes, and Table 3 of the paper: what prompts, severance and anchors add.
+
+    python examples/make_scenes.py --output scenes
+    python examples/train_clip.py --recipe examples/recipes/clip_vit_scenes.yaml --output clip_vit_scenes
+    python examples/deop_scenes.py --clip clip_vit_scenes --scenes scenes --output runs/deop_scenes
+
+Prompt and proposals are trained once, the third stage once per row; each row is evaluated on all tiers of the scenes
+and printed. Start the same command again after a kill: it continues. `--ledger FILE` also writes a line per row there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoProcessor
+
+from ov_segmentation import AutoModelForOpenVocabularySegmentation, ledger
+from ov_segmentation.data.datasets import load_segmentation_data
+from ov_segmentation.data.scene_folders import EVALUATION_FOLDER
+from ov_segmentation.data.scene_vocabulary import SceneVocabulary
+from ov_segmentation.training.loop import train
+from ov_segmentation.training.recipe import load_recipe
+from ov_segmentation.training.scene_evaluation import evaluate_scenes
+
+RECIPES = Path(__file__).parent / "recipes"
+TABLE_3: dict[str, dict[str, str]] = {
+    "baseline": {"pooling": "mask", "severance": "none", "visual_prompts": "none"},
+    "prompts": {"pooling": "mask", "severance": "none"},
+    "prompts, severance": {"pooling": "mask"},
+    "prompts, anchors": {"severance": "none"},
+    "prompts, severance, anchors": {},
+}
+"""Row -> what differs from the released model."""
+COLUMNS = ("things_a", "things_b", "things_c", "stuff_a", "hiou", "shuffled_hiou")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse the command line, train, evaluate and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--clip", required=True, help="folder that examples/train_clip.py wrote")
+    parser.add_argument("--scenes", required=True, type=Path, help="folder that examples/make_scenes.py wrote")
+    parser.add_argument("--output", required=True, type=Path, help="folder of all runs")
+    parser.add_argument("--max-samples", type=int, help="evaluate on only the first so many scenes")
+    parser.add_argument("--set", action="extend", nargs="+", default=[], metavar="KEY=VALUE", help="for every recipe")
+    parser.add_argument("--ledger", type=Path, help="JSON-lines file to append the figures to")
+    options = parser.parse_args(arguments)
+    command = shlex.join(["python", "examples/deop_scenes.py", *(sys.argv[1:] if arguments is None else arguments)])
+    common = [f"data.name={options.scenes / 'train'}", *options.set]
+    prompt = run("deop_scenes_stage1", options.output / "stage1", [f"model.from_clip={options.clip}", *common], command)
+    proposals = run(
+        "deop_scenes_stage2", options.output / "stage2", [f"model.from_pretrained={prompt}", *common], command
+    )
+    print(f"{'':>28}" + "".join(f"{name:>10}" for name in (*COLUMNS, "seconds")))
+    for row, changes in TABLE_3.items():
+        own = [f"model.config.{key}={value}" for key, value in changes.items()]
+        folder = options.output / row.replace(", ", "_")
+        model = run("deop_scenes", folder, [f"model.from_pretrained={proposals}", *own, *common], command)
+        figures, seconds = measure(model, options.scenes, options.max_samples)
+        print(f"{row:>28}" + "".join(f"{100 * figures[name]:10.1f}" for name in COLUMNS) + f"{seconds:10.1f}")
+        if options.ledger is not None:
+            ledger.append(
+                options.ledger,
+                command=command,
+                seed=0,
+                seconds=seconds,
+                figures=figures,
+                protocol="scenes-small, DeOP table 3",
+                method="deop",
+                name=row,
+            )
+
+
+def run(recipe: str, output: Path, assignments: list[str], command: str) -> Path:
+    """Train, unless it is done; the exported model's folder."""
+    if not (output / "result.json").exists():
+        train(load_recipe(RECIPES / f"{recipe}.yaml", assignments), output, command=command)
+    return output / "model"
+
+
+def measure(folder: Path, scenes: Path, max_samples: int | None) -> tuple[dict[str, Any], float]:
+    """Scores by tier, and the seconds that they took."""
+    model = AutoModelForOpenVocabularySegmentation.from_pretrained(folder, dtype=torch.float32)
+    pictures = load_segmentation_data(scenes / EVALUATION_FOLDER).split("validation", max_samples)
+    start = time.perf_counter()
+    processor = AutoProcessor.from_pretrained(folder)
+    figures = evaluate_scenes(model, processor, pictures, SceneVocabulary.by_name("small"), 0)
+    return figures, time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    main()
