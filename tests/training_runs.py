@@ -136,7 +136,7 @@ def launch(
     else:
         start = [sys.executable, "examples/train.py"]
     command = [*start, "--recipe", str(recipe), "--output", str(output)]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
 
 
 def was_killed(done: subprocess.CompletedProcess) -> bool:
