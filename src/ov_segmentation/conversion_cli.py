@@ -30,7 +30,7 @@ def main(model_type: str, arguments: Sequence[str] | None = None) -> None:
     tokenizer = _tokenizer(options.tokenizer, rules.DEFAULT_TOKENIZER)
     model = rules.convert(options.checkpoint, config, options.clip_checkpoint)
     save_folder(method, model, image_processor_of(method, rules, config), options.output, tokenizer)
-    copy_model_card(options.output, variant or model_type)
+    copy_model_card(options.output, [*([variant] if variant else []), model_type])
     print(f"{method.model} ({sum(p.numel() for p in model.parameters()):,} parameters) written to {options.output}")
     if options.push_to_hub:
         api = HfApi()
@@ -121,8 +121,9 @@ def save_folder(
         load_class(method.processor)(image_processor, tokenizer).save_pretrained(output)
 
 
-def copy_model_card(output: Path, name: str) -> None:
-    """`model_cards/<name>.md`, where there is one, becomes the folder's README.md."""
-    card = MODEL_CARDS / f"{name}.md"
-    if card.is_file():
-        shutil.copyfile(card, output / "README.md")
+def copy_model_card(output: Path, names: Sequence[str]) -> None:
+    """The first `model_cards/<name>.md` that there is becomes the folder's README.md."""
+    for name in names:
+        if (card := MODEL_CARDS / f"{name}.md").is_file():
+            shutil.copyfile(card, output / "README.md")
+            return

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+import os
 import re
 
 from transformers import SwinConfig
+from transformers.models.swin.modeling_swin import SwinBackbone as TransformersSwinBackbone
 
-from .conversion import Drop, KeyRules, Rule, clip_rules, split_in_three
+from .conversion import Drop, KeyRules, Rule, clip_rules, load_converted, read_checkpoint, split_in_three
 from .layers.configuration_maskformer import MaskProposalConfig
+from .layers.maskformer import MaskProposalNetwork
+from .layers.swin_backbone import SwinBackbone
 
 NETWORK = "proposal_network."
 WEIGHT = r"(weight|bias)"
@@ -117,6 +122,28 @@ def _query_decoder_rules(source: str, target: str) -> list[Rule | Drop]:
 def detectron2_rules(config: MaskProposalConfig, *extra: Rule | Drop) -> KeyRules:
     """All rules of a MaskFormer-with-CLIP checkpoint; `extra` ones are tried first."""
     return KeyRules([*extra, *mask_proposal_rules(config), *adapter_rules()])
+
+
+def load_backbone_weights(network: MaskProposalNetwork, source: str | os.PathLike) -> None:
+    """Start a proposal network's backbone from weights trained on ImageNet, in place.
+
+    Args:
+        source: for Swin a Hub id or folder of a `SwinModel` of the same size; for ResNet-c a file with detectron2's
+            names (`stem.conv1.weight`, `res2.0.conv1.weight`, ...), of `torch.save` or safetensors.
+
+    Raises:
+        ConversionError: keys or shapes that do not fit.
+    """
+    backbone = network.backbone
+    if isinstance(backbone, SwinBackbone):
+        loaded = TransformersSwinBackbone.from_pretrained(source, config=copy.deepcopy(backbone.model.config))
+        # the feature maps' norms are new, and the classifier's final norm is not used
+        weights = {key: value for key, value in loaded.state_dict().items() if not key.startswith("swin.layernorm.")}
+        backbone.model.load_state_dict(weights)
+        return
+    weights = {f"backbone.{key.removeprefix('backbone.')}": value for key, value in read_checkpoint(source).items()}
+    rules = KeyRules([Drop(r"backbone\.(stem\.)?(fc|linear)\..*", "the classifier"), *_resnet_rules("")])
+    load_converted(backbone, rules.convert(weights))
 
 
 def is_second_adapter(key: str) -> bool:

@@ -201,6 +201,8 @@ class ConversionTesterMixin:
         assert "--tokenizer names a local folder" in done.stderr
         self.assert_converted(tmp_path / "out")
         assert type(AutoImageProcessor.from_pretrained(tmp_path / "out")).__name__ == self.row.image_processor
+        card = ROOT / "model_cards" / f"{self.method}.md"
+        assert (tmp_path / "out" / "README.md").is_file() == card.is_file()
 
     @staticmethod
     def environment() -> dict[str, str]:

@@ -360,6 +360,32 @@ class TestOVSegConversion(ConversionTesterMixin):
         conversion_cli.image_processor_of(self.row, rules, resnet).save_pretrained(tmp_path)
         assert list(AutoImageProcessor.from_pretrained(tmp_path).image_mean) == [0.5, 0.25, 0.125]
 
+    def test_an_adapted_clip_replaces_the_checkpoints(self, tmp_path: Path) -> None:
+        """As open_clip's training writes it: `module.` in front of the names, and states of other things."""
+        prefix = "clip_adapter.clip_model."
+        clip = {key.removeprefix(prefix): value for key, value in self.weights().items() if key.startswith(prefix)}
+        tuned = {
+            **clip,
+            "visual.proj": clip["visual.proj"] + 1,
+            "visual.mask_embedding": clip["visual.mask_embedding"] * 2,
+        }
+        content = {
+            "epoch": 5,
+            "name": "mpt",
+            "state_dict": {f"module.{k}": v for k, v in tuned.items()},
+            "optimizer": {},
+        }
+        adapted = self.saved(content, tmp_path / "adapted.pt")
+        plain, joined = self.convert(self.checkpoint), self.rules.convert(self.checkpoint, self.config(), adapted)
+        torch.testing.assert_close(joined.clip.visual_projection.weight, plain.clip.visual_projection.weight + 1)
+        torch.testing.assert_close(joined.visual_prompts.embedding, 2 * plain.visual_prompts.embedding)
+        changed = [n for n, value in joined.state_dict().items() if not torch.equal(value, plain.state_dict()[n])]
+        assert len(changed) == 2
+        without = {key: value for key, value in content["state_dict"].items() if not key.endswith("ln_post.bias")}
+        with pytest.raises(ConversionError, match="something"):
+            more = {"state_dict": {**without, "module.something": torch.zeros(1)}}
+            self.rules.convert(self.checkpoint, self.config(), self.saved(more, tmp_path / "more.pt"))
+
     def test_prompts_need_a_place(self, tmp_path: Path) -> None:
         """A checkpoint with mask prompts does not become a model without them unnoticed."""
         config = self.config()

@@ -171,7 +171,10 @@ class PairMiner:
                 counts["captions_without_nouns"] += not found
                 wanted += [_Wanted(noun, caption) for noun in found]
             if self.options.deduplicate:
-                wanted = list({want.noun: want for want in reversed(wanted)}.values())[::-1]
+                firsts: dict[str, _Wanted] = {}
+                for want in wanted:
+                    firsts.setdefault(want.noun, want)
+                wanted = list(firsts.values())
         counts["nouns"] += len(wanted)
         return wanted
 

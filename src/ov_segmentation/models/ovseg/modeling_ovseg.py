@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -10,10 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.functional import interpolate, normalize
-from transformers import CLIPConfig
+from transformers import CLIPConfig, CLIPModel
 from transformers import initialization as init
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
+from ...conversion_maskformer import load_backbone_weights
 from ...layers.learned_prompts import LearnedPrompt
 from ...layers.mask_crops import crop_for_clip, mask_boxes
 from ...layers.mask_prompts import DeepPrompts, MaskPrompts, encode_crops
@@ -78,6 +80,22 @@ class OVSegForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
         """Crops have the size that CLIP was trained with; prompts replace patches before at most three blocks."""
         vision = clip_config.vision_config
         return {"crop_size": vision.image_size, "prompt_depth": min(3, vision.num_hidden_layers)}
+
+    @classmethod
+    def from_clip(
+        cls, clip: str | os.PathLike | CLIPModel, backbone: str | os.PathLike | None = None, **config: Any
+    ) -> OVSegForOpenVocabularySegmentation:
+        """An untrained model around a trained CLIP and, if given, a backbone trained on ImageNet.
+
+        Args:
+            clip: a Hub id or folder of a `CLIPModel`, or the model itself.
+            backbone: see `conversion_maskformer.load_backbone_weights`.
+            config: values for the configuration.
+        """
+        model = super().from_clip(clip, **config)
+        if backbone is not None:
+            load_backbone_weights(model.proposal_network, backbone)
+        return model
 
     def _build_visual_prompts(self) -> MaskPrompts | DeepPrompts | None:
         config, vision = self.config, self.config.clip_config.vision_config

@@ -1,0 +1,166 @@
+"""OVSeg's whole chain on synthetic scenes: `python examples/ovseg_on_scenes.py --output runs/ovseg_scenes`.
+
+Scenes and a CLIP that was trained on their captions (made if they are not there), a MaskFormer around it, pairs of crop
+and noun phrase mined with both, and CLIP adapted to them three ways: prompts, fine-tuning, and prompts on top of
+fine-tuning. Before and after: accuracy on masked crops, and mean IoU of the whole model on scenes. `--ledger FILE`
+records them. What is there already is not done again, so the same command continues after a stop.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from transformers import AutoProcessor
+
+from ov_segmentation import AutoModelForOpenVocabularySegmentation, ledger
+from ov_segmentation.data.datasets import load_segmentation_data
+from ov_segmentation.data.mask_pairs import load_mask_pairs
+from ov_segmentation.data.mining import MiningOptions, PairMiner
+from ov_segmentation.data.mining_run import MiningRun, SourcePictures, settings_of
+from ov_segmentation.data.nouns import find_tagger
+from ov_segmentation.data.scene_folders import EVALUATION_FOLDER, TRAIN_FOLDER, write_scenes
+from ov_segmentation.data.scene_vocabulary import SceneVocabulary
+from ov_segmentation.training.adaptation_recipe import load_adaptation_recipe
+from ov_segmentation.training.contrastive import ContrastiveRecipe, train_clip
+from ov_segmentation.training.loop import train
+from ov_segmentation.training.mask_adaptation import adapt
+from ov_segmentation.training.masked_crop_accuracy import masked_crop_accuracy
+from ov_segmentation.training.recipe import load_recipe
+from ov_segmentation.training.scene_evaluation import evaluate_scenes
+from ov_segmentation.vocabulary import Vocabulary
+
+RECIPES = Path(__file__).parent / "recipes"
+
+
+class Adaptation(NamedTuple):
+    """A way of adapting CLIP: the model it starts from, and changes of the recipe."""
+
+    start: str
+    changes: list[str]
+
+
+PROMPTS = ["train_clip=false", "prompts.use=trained", "optimizer.lr=0.01", "optimizer.groups=[]"]
+ADAPTATIONS = {
+    "fine_tuned": Adaptation("maskformer", []),
+    "prompts": Adaptation("maskformer", PROMPTS),
+    "both": Adaptation("fine_tuned", PROMPTS),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Parse the command line and run what is not done yet."""
+    options = parse(arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    command = shlex.join(["python", "examples/ovseg_on_scenes.py", *given])
+    output, scenes = options.output, options.scenes or options.output / "scenes"
+    if not (scenes / EVALUATION_FOLDER).is_dir():
+        write_scenes(
+            scenes, options.train, options.evaluation, options.seed, vocabulary=SceneVocabulary.small(), size=96
+        )
+    clip = options.clip or output / "clip"
+    if not (clip / "config.json").is_file():
+        recipe = ContrastiveRecipe.from_yaml(RECIPES / "clip_vit_scenes.yaml", steps=options.clip_steps)
+        train_clip(recipe, clip, options.seed)
+    changes = [f"seed={options.seed}", f"threads={options.threads}"]
+    models = {"maskformer": output / "maskformer" / "model"}
+    if not models["maskformer"].is_dir():
+        steps = [] if options.steps is None else [f"steps={options.steps}"]
+        places = [f"model.from_clip={clip}", f"data.name={scenes / TRAIN_FOLDER}"]
+        train(
+            load_recipe(RECIPES / "ovseg_scenes.yaml", [*changes, *places, *steps]),
+            output / "maskformer",
+            command=command,
+        )
+    captions = MiningOptions(phrases=True, min_area=0.003)
+    mine(models["maskformer"], scenes / TRAIN_FOLDER, "train", captions, output / "pairs", options.train_pictures)
+    classes = MiningOptions(masks="annotation", nouns="classes", min_area=0.003)
+    mine(models["maskformer"], scenes / EVALUATION_FOLDER, "validation", classes, output / "crops", None)
+    for name, (start, own_changes) in ADAPTATIONS.items():
+        models[name] = output / name / "model"
+        if not models[name].is_dir():
+            steps = [] if options.adaptation_steps is None else [f"steps={options.adaptation_steps}"]
+            places = [
+                f"model.from_pretrained={models[start]}",
+                f"data.sources=[{output / 'pairs'}]",
+                f"data.evaluation={output / 'crops'}",
+            ]
+            recipe = load_adaptation_recipe(
+                RECIPES / "ovseg_scenes_clip.yaml", [*changes, *places, *steps, *own_changes]
+            )
+            adapt(recipe, output / name, command=command)
+    for name, folder in models.items():
+        start = time.perf_counter()
+        figures = measure(folder, scenes, output / "crops", options.max_evaluation, options.seed)
+        print(f"{name:>12}  " + "  ".join(f"{key} {value:.3f}" for key, value in figures.items()))
+        if options.ledger is not None:
+            ledger.append(
+                options.ledger,
+                command=command,
+                seed=options.seed,
+                seconds=time.perf_counter() - start,
+                figures=figures,
+                protocol="scenes-small-masked-crops",
+                method="ovseg",
+                name=f"ovseg_scenes_{name}",
+            )
+
+
+def mine(model: Path, data: Path, split: str, options: MiningOptions, output: Path, max_pictures: int | None) -> None:
+    """Mine pairs with a model's CLIP as it was before any adaptation."""
+    pictures = SourcePictures(data, split, options)
+    tagger_name, tagger = find_tagger("textblob") if options.nouns == "caption" else (None, None)
+    number = len(pictures) if max_pictures is None else min(max_pictures, len(pictures))
+    run = MiningRun(output, settings_of(options, data=str(data), split=split, tagger=tagger_name), number)
+    run.claim()
+    if run.summary()["shards_missing"]:
+        network, processor = load(model)
+        run.work(pictures, PairMiner(network, processor, options, tagger, pictures.class_names))
+    print(f"{output}: {run.summary()}")
+
+
+def load(folder: Path) -> tuple[Any, Any]:
+    """A model, in evaluation mode, and its processor."""
+    model = AutoModelForOpenVocabularySegmentation.from_pretrained(folder, dtype=torch.float32)
+    return model.eval(), AutoProcessor.from_pretrained(folder)
+
+
+def measure(folder: Path, scenes: Path, crops: Path, max_samples: int | None, seed: int) -> dict[str, float]:
+    """Accuracy on masked crops among all names, and mean IoU by tier of things and stuff."""
+    model, processor = load(folder)
+    vocabulary = SceneVocabulary.small()
+    pictures = load_segmentation_data(scenes / EVALUATION_FOLDER).split("validation", max_samples)
+    pairs = load_mask_pairs(crops, max_samples=None if max_samples is None else 5 * max_samples)
+    accuracy = masked_crop_accuracy(model, processor, pairs, Vocabulary(vocabulary.names), Accelerator())
+    figures = {f"crops_{name}": value for name, value in accuracy.items()}
+    return {**figures, **evaluate_scenes(model, processor, pictures, vocabulary, seed)}
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("runs/ovseg_scenes"), help="folder of all steps")
+    parser.add_argument("--scenes", type=Path, help="folder that examples/make_scenes.py wrote")
+    parser.add_argument("--clip", type=Path, help="folder that examples/train_clip.py wrote")
+    parser.add_argument("--train", type=int, default=4000, help="training scenes, where they are made")
+    parser.add_argument("--evaluation", type=int, default=400, help="evaluation scenes, where they are made")
+    parser.add_argument("--train-pictures", type=int, default=2000, help="scenes that pairs are mined from")
+    parser.add_argument("--max-evaluation", type=int, default=200, help="scenes of the last measurements")
+    parser.add_argument("--clip-steps", type=int, help="in place of the recipe's")
+    parser.add_argument("--steps", type=int, help="of MaskFormer, in place of the recipe's")
+    parser.add_argument("--adaptation-steps", type=int, help="in place of the recipe's")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--ledger", type=Path, help="JSON-lines file to append the figures to")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    main()
