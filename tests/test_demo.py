@@ -1,0 +1,65 @@
+"""The bundled checkpoint and `make demo`."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors import safe_open
+
+ROOT = Path(__file__).resolve().parents[1]
+CHECKPOINT = ROOT / "assets" / "san_scenes"
+MAX_BYTES = 4 * 1024**2
+
+
+def run(*command: str | Path, cwd: Path = ROOT) -> str:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT / "src")}
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], cwd=cwd, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_checkpoint_is_small_and_says_where_it_comes_from() -> None:
+    assert sum(file.stat().st_size for file in CHECKPOINT.iterdir()) <= MAX_BYTES
+    with safe_open(CHECKPOINT / "model.safetensors", "pt") as file:
+        metadata = file.metadata()
+        assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"BF16"}  # noqa: SIM118 - not a dict
+    assert {"recipe_hash", "command", "seed", "commit", "miou"} <= set(metadata)
+    assert metadata["command"].endswith("--recipe examples/recipes/san_scenes.yaml")
+
+
+def test_demo_prints_a_table_and_draws_an_overlay(tmp_path: Path) -> None:
+    printed = run("examples/demo.py", "--output", tmp_path / "demo.png")
+    assert "purple checkered star" in printed and "confidence" in printed
+    assert np.asarray(Image.open(tmp_path / "demo.png")).std() > 20
+
+
+def test_demo_takes_other_names(tmp_path: Path) -> None:
+    printed = run("examples/demo.py", "--labels", "blue plain circle, zebra", "--output", tmp_path / "demo.png")
+    assert "blue plain circle" in printed
+
+
+@pytest.mark.slow
+def test_training_again_gives_the_same_checkpoint_within_two_points(tmp_path: Path) -> None:
+    """Scenes, CLIP and SAN from nothing by the recipes (half an hour): mean IoU and hIoU within 2 points."""
+    shutil.copytree(ROOT / "examples", tmp_path / "examples")
+    run("examples/make_scenes.py", "--output", "scenes", "--train", "6000", cwd=tmp_path)
+    clip = ("--recipe", "examples/recipes/clip_vit_scenes.yaml", "--output", "clip_vit_scenes", "--seed", "0")
+    run("examples/train_clip.py", *clip, cwd=tmp_path)
+    run("examples/train.py", "--recipe", "examples/recipes/san_scenes.yaml", cwd=tmp_path)
+
+    def figures(model: Path) -> dict[str, float]:
+        printed = run("examples/evaluate_scenes.py", "--model", model, "--data", "scenes", cwd=tmp_path)
+        return {line.split()[0]: float(line.split()[1]) for line in printed.splitlines() if len(line.split()) == 2}
+
+    bundled, again = figures(CHECKPOINT), figures(tmp_path / "runs" / "san_scenes" / "model")
+    assert again["miou"] == pytest.approx(bundled["miou"], abs=2)
+    assert again["hiou"] == pytest.approx(bundled["hiou"], abs=2)
