@@ -1,8 +1,8 @@
 """Measures the peak resident memory of a fresh process that segments one picture: released size, random weights.
 
 `python benchmarks/memory.py sed --classes 847 --templates 80 --set rejection_top_k=8 --record`: the process imports
-torch and the package, makes the model, and goes from a picture to its label map with text embeddings at hand. `--record`
-appends to results/memory.jsonl.
+torch and the package, makes the model, and goes from a picture to its label map with text embeddings at hand.
+`--record` appends to results/memory.jsonl.
 """
 
 from __future__ import annotations

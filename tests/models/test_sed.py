@@ -210,6 +210,29 @@ class TestSED(ModelTesterMixin):
         assert sum(p.numel() for p in model.parameters()) == parameters
         assert sum(p.numel() for p in model.parameters() if p.requires_grad) == trained
 
+    def test_training_on_some_of_the_classes(self) -> None:
+        """The loss is that of the chosen names alone; the choice holds all labels and follows the seeds."""
+        model = self.model(num_training_classes=4).train()
+        text = self.text(model, 9)
+        inputs = {**self.training_inputs(model), "text_embeds": text}
+        inputs["labels"] = torch.where(inputs["labels"] == 1, 7, inputs["labels"])
+        outputs, again = model(**inputs), model(**inputs)
+        chosen = outputs.kept_classes[0].nonzero().flatten()
+        assert len(chosen) == 4
+        assert {0, 2, 7} <= set(chosen.tolist())
+        assert torch.equal(outputs.kept_classes, again.kept_classes)
+        assert (outputs.logits[:, ~outputs.kept_classes[0]] == REJECTED).all()
+        others = {
+            tuple(model(**{**inputs, "sample_seeds": torch.tensor([i, i])}).kept_classes[0].tolist()) for i in range(9)
+        }
+        assert len(others) > 1
+        model.config.num_training_classes = None
+        labels = inputs["labels"]
+        inputs["labels"] = torch.where(labels < 0, labels, torch.searchsorted(chosen, labels.clamp(min=0)))
+        alone = model(**{**inputs, "text_embeds": text[chosen]})
+        torch.testing.assert_close(alone.loss, outputs.loss)
+        assert model.eval()(**self.pictures(), text_embeds=text).kept_classes is None
+
     # ------------------------------------------------------------------ rejection and chunks
 
     @pytest.mark.parametrize("chunk_size", [None, 1, 4, 7])

@@ -51,6 +51,8 @@ class SEDConfig(OpenVocabularySegmentationConfig):
         window_pixels, window_stride, canvas_size: of the sliding window: side of a window, distance between windows,
             and (height, width) of the canvas that they are cut from.
         global_view: whether the whole picture is one more view.
+        num_training_classes: in training, a batch sees the classes in its labels and random others, so many in all: for
+            vocabularies of hundreds of names on small machines. None: all classes, as in the original.
         ignore_as_negative: whether ignored pixels count as negatives of every class in the loss, as in the original.
         auxiliary_loss_weight: of the loss terms of the auxiliary heads; 0 leaves them out.
     """
@@ -108,6 +110,7 @@ class SEDConfig(OpenVocabularySegmentationConfig):
     window_stride: int = 512
     canvas_size: list[int] | tuple[int, ...] = (1280, 1280)
     global_view: bool = True
+    num_training_classes: int | None = None
     ignore_as_negative: bool = True
     auxiliary_loss_weight: float | int = 1.0
     initializer_range: float = 0.02
@@ -202,7 +205,7 @@ class SEDConfig(OpenVocabularySegmentationConfig):
         for name in ("class_attention_pooling", "train_class_attention_pooling"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1 (1 = no pooling), got {getattr(self, name)}.")
-        for name in ("rejection_top_k", "class_chunk_size", "crop_batch_size"):
+        for name in ("rejection_top_k", "class_chunk_size", "crop_batch_size", "num_training_classes"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, or None to switch it off; got {value}.")

@@ -26,7 +26,7 @@ from ...modeling_base import FROM_CONFIG, OpenVocabularySegmentationModel
 from ...modeling_outputs import ImageState, OpenVocabularySegmentationOutput
 from .blocks import LargeKernelBlock
 from .configuration_sed import SEDConfig
-from .decoder import SEDDecoder
+from .decoder import REJECTED, SEDDecoder
 from .foundations import clip_parts, find_open_clip, read_open_clip
 
 # what no CLIP holds
@@ -259,10 +259,15 @@ class SEDForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
         rejection_top_k: int | None,
         class_attention_pooling: int,
         class_chunk_size: int | None,
+        sample_seeds: torch.Tensor | None,
         output_maps: bool,
         **options: Any,
     ) -> OpenVocabularySegmentationOutput:
         self._check_request(state, text_embeds, rejection_top_k, class_attention_pooling, class_chunk_size)
+        num_classes, chosen = len(text_embeds), None
+        if labels is not None and self.training and (self.config.num_training_classes or num_classes) < num_classes:
+            chosen = self._training_classes(labels, num_classes, sample_seeds)
+            text_embeds = text_embeds[chosen]
         wants_auxiliary = output_maps or (labels is not None and self.config.auxiliary_loss_weight != 0)
         rows = [
             self.decoder(
@@ -286,9 +291,27 @@ class SEDForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
             cost = correlation(state.dense_features, text_embeds)
             outputs.maps = {"cost_map": cost} | {f"auxiliary_logits_{i}": maps for i, maps in enumerate(auxiliary)}
         if labels is not None:
+            if chosen is not None:
+                labels = _renumbered(labels, chosen, num_classes)
             outputs.loss_dict = self._losses(outputs.logits, auxiliary, labels, state.reshaped_input_sizes)
             outputs.loss = torch.stack(list(outputs.loss_dict.values())).sum()
+        if chosen is not None:
+            shape = (len(outputs.logits), num_classes, *outputs.logits.shape[2:])
+            outputs.logits = outputs.logits.new_full(shape, REJECTED).index_copy(1, chosen, outputs.logits)
+            outputs.kept_classes = chosen.new_zeros(shape[:2], dtype=torch.bool).index_fill(1, chosen, True)
         return outputs
+
+    def _training_classes(
+        self, labels: torch.Tensor, num_classes: int, sample_seeds: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Indices, ascending, of the classes that a training batch sees: those in its labels and random others."""
+        draws = self.draws(sample_seeds, len(labels))
+        rank = sum(draws.uniform("classes", picture, (num_classes,)) for picture in range(len(labels))).to(
+            labels.device
+        )
+        present = labels[labels >= 0].unique()
+        rank[present] += len(labels)
+        return rank.topk(max(self.config.num_training_classes, len(present))).indices.sort().values
 
     def _losses(
         self, logits: torch.Tensor, auxiliary: list[torch.Tensor], labels: torch.Tensor, sizes: torch.Tensor
@@ -329,3 +352,10 @@ def _row_slices(rows: int, num_classes: int, chunk_size: int | None) -> Iterator
     at_once = max(1, chunk_size // num_classes) if chunk_size else rows
     for start in range(0, rows, at_once):
         yield slice(start, start + at_once)
+
+
+def _renumbered(labels: torch.Tensor, chosen: torch.Tensor, num_classes: int) -> torch.Tensor:
+    """Labels as indices into `chosen`, which holds all classes that occur; negative labels stay."""
+    numbers = torch.zeros(num_classes, dtype=labels.dtype, device=labels.device)
+    numbers[chosen] = torch.arange(len(chosen), dtype=labels.dtype, device=labels.device)
+    return torch.where(labels < 0, labels, numbers[labels.clamp(min=0)])
