@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from .modeling_base import OpenVocabularySegmentationModel
@@ -21,13 +24,13 @@ def count_multiply_adds(function: Callable[..., Any], *arguments: Any, **keyword
     return counter.get_total_flops() // 2
 
 
-def count_model(
+def build_empty(
     model_class: type[OpenVocabularySegmentationModel], config: Any, size: tuple[int, int], num_classes: int
-) -> int:
-    """Multiply-adds of one picture of `size` (height, width) with ready class embeddings.
+) -> tuple[OpenVocabularySegmentationModel, dict[str, torch.Tensor]]:
+    """A model on the meta device, and its inputs for one picture of `size` (height, width) with ready class embeddings.
 
-    The model is built on the meta device, so any size can be counted anywhere; attention is written out, because fused
-    kernels are counted on some devices only.
+    So any size can be counted anywhere; attention is written out, because fused kernels are counted on some devices
+    only.
     """
     with torch.device("meta"):
         model = model_class(config).eval()
@@ -35,4 +38,59 @@ def count_model(
         prompts = (1,) if model.keeps_prompts else ()
         text_embeds = torch.empty(num_classes, *prompts, model.embedding_size)
     model.set_attn_implementation("eager")
-    return count_multiply_adds(model, pixel_values=pixel_values, text_embeds=text_embeds)
+    return model, {"pixel_values": pixel_values, "text_embeds": text_embeds}
+
+
+def count_model(
+    model_class: type[OpenVocabularySegmentationModel], config: Any, size: tuple[int, int], num_classes: int
+) -> int:
+    """Multiply-adds of one picture of `size` (height, width) with ready class embeddings."""
+    model, inputs = build_empty(model_class, config, size, num_classes)
+    return count_multiply_adds(model, **inputs)
+
+
+def count_parts(
+    model: OpenVocabularySegmentationModel, inputs: Mapping[str, torch.Tensor], parts: Mapping[str, str]
+) -> dict[str, tuple[int, int]]:
+    """Parameters and multiply-adds of each part of a model in a call.
+
+    Args:
+        model, inputs: from `build_empty`.
+        parts: pattern of module and parameter names (`re.match`) -> the part's name; the first that fits counts.
+
+    Returns:
+        part -> (parameters, multiply-adds), in the order of `parts`, then "rest".
+    """
+
+    def part_of(name: str) -> str:
+        return next((part for pattern, part in parts.items() if re.match(pattern, name)), "rest")
+
+    parameters: Counter[str] = Counter()
+    for name, parameter in model.named_parameters():
+        parameters[part_of(name)] += parameter.numel()
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(**inputs)
+    root = type(model).__name__
+    counts = {name: sum(operations.values()) for name, operations in counter.get_flop_counts().items()}
+    totals = {name.removeprefix(f"{root}.") if name != root else "": count for name, count in counts.items()}
+    operations: Counter[str] = Counter()
+    for name, module in model.named_modules():
+        # what a module computes itself: its total less that of the modules it called; CLIP's blocks are called one by
+        # one, so a part of a model may run without its parent
+        inside = sum(totals.get(f"{name}.{child}" if name else child, 0) for child in _called(name, module, totals))
+        own = totals.get(name, 0) - inside
+        if name in totals:
+            operations[part_of(name)] += own // 2
+    return {part: (parameters[part], operations[part]) for part in dict.fromkeys([*parts.values(), "rest"])}
+
+
+def _called(name: str, module: nn.Module, totals: Mapping[str, int]) -> list[str]:
+    """The nearest counted descendants of a module, by their names below it."""
+    found = []
+    for child, below in module.named_children():
+        full = f"{name}.{child}" if name else child
+        if full in totals:
+            found.append(child)
+        else:
+            found += [f"{child}.{deeper}" for deeper in _called(full, below, totals)]
+    return found

@@ -446,12 +446,21 @@ class TestESCNet(ModelTesterMixin, FromCLIPTesterMixin, PipelineTesterMixin):
         with pytest.raises(ValueError, match="rejection_top_k=None"):
             model(**self.pictures(), text_embeds=self.text(model), rejection_top_k=3)
 
-    @torch.no_grad()
-    def test_attention_implementation_reaches_sam(self) -> None:
+    def test_attention_implementation_reaches_every_part(self) -> None:
         model = self.model()
+        parts = [model.blocks[0].sam.block.self_attn, model.blocks[0].spatial.block1.attention]
+        parts += [
+            model.clip.vision_model.encoder.layers[0].self_attn,
+            model.clip.text_model.encoder.layers[0].self_attn,
+        ]
         for name in ("eager", "sdpa"):
             model.set_attn_implementation(name)
-            assert model.blocks[0].sam.block.self_attn.config._attn_implementation == name
+            assert [part.config._attn_implementation for part in parts] == [name] * 4
+        with pytest.raises(ValueError, match="fastest"):
+            model.set_attn_implementation("fastest")
+        assert [part.config._attn_implementation for part in parts] == ["sdpa"] * 4
+        loaded = self.model_class._from_config(self.config(), attn_implementation="eager")
+        assert loaded.blocks[0].sam.block.self_attn.config._attn_implementation == "eager"
 
 
 # ---------------------------------------------------------------------- SAM's parts

@@ -171,6 +171,18 @@ class ESCNetForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
         for block in self.blocks[1:]:
             block.prompt_map.requires_grad_("masks" in config.prompt_types)
 
+    def set_attn_implementation(self, attn_implementation: str | dict, *args: Any, **kwargs: Any) -> None:
+        """transformers' own, without its warning that it finds no model of `sam_config`."""
+        sam = self.config.sam_config
+        before = sam._attn_implementation
+        if isinstance(attn_implementation, str):
+            sam._attn_implementation = attn_implementation
+        try:
+            super().set_attn_implementation(attn_implementation, *args, **kwargs)
+        except ValueError:
+            sam._attn_implementation = before
+            raise
+
     # ------------------------------------------------------------------ picture side
 
     def _encode_image(
