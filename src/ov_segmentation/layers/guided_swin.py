@@ -13,6 +13,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .attention import attend, split_heads
 from .guided import guided_linear
+from .pieces import in_pieces
 
 # what the original adds to the logits of pairs that the cyclic shift brought together
 OTHER_REGION = -100.0
@@ -122,12 +123,23 @@ class GuidedSwinBlock(GradientCheckpointingLayer):
             window, shift = min(grid), 0
         order = window_order(grid, window, shift, features.device)
         mask = shifted_window_mask(grid, window, shift, features.device, features.dtype) if shift else None
-        tiles = (-1, window * window)
-        # the whole block works window by window, so that positions are moved only twice
-        windows = features[:, :, order].unflatten(2, tiles)
-        windows = windows + self.attention(self.norm1(windows), guidance[:, :, order].unflatten(2, tiles), mask)
-        windows = windows + self.fc2(self.act(self.fc1(self.norm2(windows))))
-        return windows.flatten(2, 3)[:, :, order.argsort()]
+        tiles, back = (-1, window * window), order.argsort()
+        guidance = guidance[:, :, order].unflatten(2, tiles)
+
+        def run(some: torch.Tensor, guides: torch.Tensor) -> torch.Tensor:
+            # the whole block works window by window, so that positions are moved only twice
+            windows = some[:, :, order].unflatten(2, tiles)
+            windows = windows + self.attention(self.norm1(windows), guides, mask)
+            windows = windows + self.fc2(self.act(self.fc1(self.norm2(windows))))
+            return windows.flatten(2, 3)[:, :, back]
+
+        if len(features) > 1:
+            return run(features, guidance)
+        # the classes of one picture, a few at a time
+        size = features.shape[2] * self.fc1.out_features
+        if guidance.shape[1] == 1:
+            return in_pieces(lambda some: run(some[None], guidance)[0], size, features[0])[None]
+        return in_pieces(lambda some, guides: run(some[None], guides[None])[0], size, features[0], guidance[0])[None]
 
 
 class GuidedSwinPair(nn.Module):

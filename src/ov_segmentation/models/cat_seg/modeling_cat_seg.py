@@ -12,14 +12,15 @@ from torch.nn import functional as F
 from transformers import CLIPConfig
 from transformers import initialization as init
 
+from ...layers.clip_finetuning import set_trained_clip_parameters
+from ...layers.configuration_dense_clip import settings_for_clip
 from ...layers.correlation import correlation, strongest_classes
-from ...layers.dense_clip import dense_clip_features
+from ...layers.dense_clip import dense_clip_views
 from ...layers.guided_swin import GuidedSwinPair
 from ...layers.initialization import init_torch_defaults
 from ...layers.linear_attention import ClassAttention, ClassSums, add_pooled, pool_positions, repeated
-from ...layers.picture_stretching import stretch_pictures
+from ...layers.model_views import make_model_views
 from ...layers.projected_skip import ProjectedSkip
-from ...layers.sliding_window import cut_views, resize, split_pictures, view_boxes
 from ...layers.upsampling import GuidedUpsampling, PreparedUpsampling
 from ...losses_per_class import per_class_cross_entropy
 from ...modeling_base import FROM_CONFIG, OpenVocabularySegmentationModel
@@ -28,8 +29,6 @@ from .configuration_cat_seg import CATSegConfig
 
 # logit of a class that was not aggregated: finite, because interpolating -inf gives NaN
 REJECTED = -100.0
-# positions along a side in both releases
-PUBLISHED_GRID = 24
 
 
 @dataclass
@@ -141,11 +140,8 @@ class CATSegForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
 
     @classmethod
     def config_for_clip(cls, clip_config: CLIPConfig) -> dict[str, Any]:
-        """Skips at a third and two thirds of the tower, pictures of 24 x 24 patches."""
-        vision = clip_config.vision_config
-        below_last = vision.num_hidden_layers - 2
-        skips = tuple(max(0, min(part * vision.num_hidden_layers // 3 - 1, below_last)) for part in (1, 2))
-        return {"skip_layers": skips, "image_size": PUBLISHED_GRID * vision.patch_size}
+        """See `settings_for_clip`."""
+        return settings_for_clip(clip_config)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -157,21 +153,8 @@ class CATSegForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
 
     def freeze_pretrained(self) -> None:
         """Train CLIP as `config.clip_finetune` says, and everything else."""
-        mode = self.config.clip_finetune
         self.requires_grad_(True)
-        self.clip.logit_scale.requires_grad_(False)  # the cost map is a plain cosine
-        if mode == "all":
-            return
-        self.clip.requires_grad_(False)
-        if self.config.clip_stem is not None:
-            self.clip.vision_model.embeddings.requires_grad_(mode != "none")
-        for tower in (self.clip.vision_model, self.clip.text_model):
-            for block in tower.encoder.layers:
-                if mode == "blocks":
-                    block.requires_grad_(True)
-                elif mode == "attention":
-                    block.self_attn.q_proj.weight.requires_grad_(True)
-                    block.self_attn.v_proj.weight.requires_grad_(True)
+        set_trained_clip_parameters(self.clip, self.config.clip_finetune, self.config.clip_stem is not None)
 
     def _resolve_switches(self, given: dict[str, Any], known: frozenset[str]) -> dict[str, Any]:
         name = "class_attention_pooling"
@@ -193,32 +176,21 @@ class CATSegForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
         **unused: Any,
     ) -> CATSegImageState:
         config = self.config
-        if crop_batch_size is not None and crop_batch_size < 1:
-            raise ValueError(f"crop_batch_size must be at least 1 or None, got {crop_batch_size}.")
-        square = (config.image_size, config.image_size)
-        if not sliding_window:
-            boxes, canvas_size = None, None
-            views = stretch_pictures(pixel_values, reshaped_input_sizes, square, config.pad_multiple)
-        elif for_training:
+        if sliding_window and for_training:
             raise ValueError("A loss is taken on whole pictures: pass sliding_window=False together with labels.")
-        else:
-            canvas_size = (config.canvas_pixels, config.canvas_pixels)
-            windows = (config.window_pixels, config.window_stride, config.global_view)
-            boxes = view_boxes(canvas_size, *windows)
-            pictures = split_pictures(pixel_values, reshaped_input_sizes)
-            views = resize(cut_views(pictures, canvas_size, *windows), square)
-        parts = [
-            dense_clip_features(self.clip, chunk, config.skip_layers, config.dense_residual, output_attentions)
-            for chunk in views.split(crop_batch_size or len(views))
-        ]
-        dense = torch.cat([part.features for part in parts])
-        skips = (torch.cat(blocks) for blocks in zip(*(part.skips for part in parts), strict=True))
-        state = CATSegImageState(dense_features=dense, view_boxes=boxes, canvas_size=canvas_size)
-        state.appearance_guidance = F.relu(self.appearance_projection(dense)).flatten(2).transpose(1, 2)[:, None]
-        state.skips = tuple(projection(blocks) for projection, blocks in zip(self.skips, skips, strict=True))
-        if output_attentions:
-            state.attentions = tuple(torch.cat(w) for w in zip(*(part.attentions for part in parts), strict=True))
-        return state
+        square, windows = (config.image_size, config.image_size), config.windows if sliding_window else None
+        views = make_model_views(pixel_values, reshaped_input_sizes, square, windows, config.pad_multiple)
+        dense = dense_clip_views(
+            self.clip, views.pixel_values, config.skip_layers, config.dense_residual, crop_batch_size, output_attentions
+        )
+        return CATSegImageState(
+            dense_features=dense.features,
+            appearance_guidance=F.relu(self.appearance_projection(dense.features)).flatten(2).transpose(1, 2)[:, None],
+            skips=tuple(project(blocks) for project, blocks in zip(self.skips, dense.skips, strict=True)),
+            view_boxes=views.boxes,
+            canvas_size=views.canvas_size,
+            attentions=dense.attentions if output_attentions else None,
+        )
 
     # ------------------------------------------------------------------ classes
 
