@@ -38,8 +38,9 @@ class FakeConfig(PreTrainedConfig):
 class FakeModel(PreTrainedModel):
     config_class = FakeConfig
     main_input_name = "pixel_values"
-    family = os.environ.get("FAKE_FAMILY", "classes")
+    family = "classes"
     calls = 0
+    kill_after: int | None = None
 
     def __init__(self, config: FakeConfig) -> None:
         super().__init__(config)
@@ -58,7 +59,7 @@ class FakeModel(PreTrainedModel):
 
     def forward(self, pixel_values: torch.Tensor, text_embeds: torch.Tensor, **inputs: Any) -> Any:
         FakeModel.calls += 1
-        if FakeModel.calls > int(os.environ.get("KILL_AFTER", "1000000")):
+        if FakeModel.kill_after is not None and FakeModel.calls > FakeModel.kill_after:
             os.kill(os.getpid(), signal.SIGKILL)
         label_map, names = self.answers[key(pixel_values, len(text_embeds))]
         # -1, where nothing is known, becomes the first name

@@ -179,21 +179,25 @@ def test_known_errors_score_by_hand(tmp_path, averaging, expected):
 # ---------------------------------------------------------------------- processes, kills, streams
 
 
-def launch(arguments, processes=1, **environment):
-    """The command with the fake model, in processes of its own."""
-    variables = {
-        **os.environ,
-        "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}",
-        "ACCELERATE_USE_CPU": "true",
-        "OMP_NUM_THREADS": "1",
-        **environment,
-    }
-    start = [sys.executable]
-    if processes > 1:
-        start += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--rdzv_backend=c10d"]
-        start += ["--rdzv_endpoint=localhost:0"]
-    command = [*start, "tests/fake_model.py", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=240)
+def killed_after(pictures, arguments):
+    """The signal that ends a process which runs the command and is killed behind so many pictures."""
+    child = os.fork()
+    if child == 0:
+        try:
+            fake_model.FakeModel.kill_after = fake_model.FakeModel.calls + pictures
+            main(list(map(str, arguments)))
+        finally:
+            os._exit(1)
+    status = os.waitpid(child, 0)[1]
+    return os.WTERMSIG(status) if os.WIFSIGNALED(status) else None
+
+
+def launch_two(arguments):
+    """The command with the fake model in two processes."""
+    variables = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}", "ACCELERATE_USE_CPU": "true"}
+    start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d"]
+    command = [*start, "--rdzv_endpoint=localhost:0", "tests/fake_model.py", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=300)
 
 
 def test_a_killed_run_goes_on_in_two_processes(tmp_path):
@@ -202,14 +206,13 @@ def test_a_killed_run_goes_on_in_two_processes(tmp_path):
     model = fake_model.save(tmp_path / "model", answers_of(tmp_path, "camvid_11"))
     arguments = ["--model", model, "--data", tmp_path, "--output", tmp_path / "out", "--benchmark", "camvid_11"]
     arguments += ["--protocol", "cat_seg"]
-    killed = launch(arguments, KILL_AFTER="2")
-    assert killed.returncode == -signal.SIGKILL
+    assert killed_after(2, arguments) == signal.SIGKILL
     assert not (tmp_path / "out/camvid_11/report.json").exists()
     first = tmp_path / "out/camvid_11/state/pictures-00000.jsonl"
     assert len(first.read_text().splitlines()) == 2
     with first.open("a") as file:  # what a kill in the middle of a write leaves
         file.write('{"index": 2, "name": "0001')
-    done = launch(arguments, processes=2)
+    done = launch_two(arguments)
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads((tmp_path / "out/camvid_11/report.json").read_text())
     assert_perfect(report)

@@ -95,6 +95,8 @@ class SegmentationData:
             ValueError: no label map, one of another size than the picture, or with ids that are no class.
         """
         image = row["image"]
+        if image is None:
+            raise ValueError(f"{name}: it has no picture.")
         if row["annotation"] is None:
             raise ValueError(f"{name}: it has no label map. Leave unlabelled samples out, or take another split.")
         label_map = self._class_ids(row["annotation"], name)
@@ -155,7 +157,7 @@ class LabelledPictures:
 
 
 class LabelledStream:
-    """A streamed split, each sample checked when it is read."""
+    """A streamed split, each sample checked when it is read; `rows` are not decoded."""
 
     def __init__(self, data: SegmentationData, split: str, rows: IterableDataset) -> None:
         self.data, self.split, self.rows = data, split, rows
@@ -169,10 +171,7 @@ class LabelledStream:
             max_samples: only the first so many of the stream; None: all.
         """
         decoder = Image()
-        rows = self.rows
-        for column in ("image", "annotation"):
-            rows = rows.cast_column(column, Image(decode=False))
-        for index, row in enumerate(rows if max_samples is None else rows.take(max_samples)):
+        for index, row in enumerate(self.rows if max_samples is None else self.rows.take(max_samples)):
             if wanted(index):
                 for column in ("image", "annotation"):
                     row[column] = None if row[column] is None else decoder.decode_example(row[column])
@@ -251,6 +250,9 @@ def load_splits(
         if not path.is_dir() and name.startswith((".", "/", "~")):
             raise FileNotFoundError(f"There is no folder {path}.")
         loaded = load_dataset(name, config_name, revision=revision, streaming=streaming)
+        # a stream that decodes would encode pictures again, with loss, when its columns are renamed
+        if streaming:
+            loaded = IterableDatasetDict({split: rows.decode(False) for split, rows in loaded.items()})
     if isinstance(loaded, Dataset):
         loaded = DatasetDict({"train": loaded})
     if not isinstance(loaded, IterableDatasetDict if streaming else DatasetDict):
