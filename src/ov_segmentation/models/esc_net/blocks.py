@@ -123,5 +123,5 @@ class ESCNetBlock(nn.Module):
             sums: of the class attention, over the whole vocabulary.
         """
         grid = tuple(chunk.prompt_map.shape[1:])
-        features = self.spatial(chunk.features[:, None], chunk.refined[:, None], grid)[:, 0]
+        features = self.spatial(chunk.features[None], chunk.refined[None], grid)[0]
         chunk.features, chunk.refined = self.classes(features, sums), None
