@@ -9,6 +9,7 @@ records them. What is there already is not done again, so the same command conti
 from __future__ import annotations
 
 import argparse
+import math
 import shlex
 import sys
 import time
@@ -140,7 +141,9 @@ def measure(folder: Path, scenes: Path, crops: Path, max_samples: int | None, se
     pairs = load_mask_pairs(crops, max_samples=None if max_samples is None else 5 * max_samples)
     accuracy = masked_crop_accuracy(model, processor, pairs, Vocabulary(vocabulary.names), Accelerator())
     figures = {f"crops_{name}": value for name, value in accuracy.items()}
-    return {**figures, **evaluate_scenes(model, processor, pictures, vocabulary, seed)}
+    figures |= evaluate_scenes(model, processor, pictures, vocabulary, seed)
+    # a tier that few scenes do not show has no figure
+    return {name: value for name, value in figures.items() if math.isfinite(value)}
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
