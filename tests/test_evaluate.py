@@ -1,5 +1,6 @@
 """The evaluation command: an oracle chain over every benchmark, both averaging rules, processes, kills, bad input."""
 
+import importlib
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ from PIL import Image
 from examples import check_vocabulary as check_command
 from examples.evaluate import main
 from ov_segmentation import ledger
+from ov_segmentation.auto import METHODS, load_class
 from ov_segmentation.data.benchmarks import evaluation_protocol
 from ov_segmentation.data.datasets import LabelledPicture
 from ov_segmentation.data.preparation import prepare
@@ -23,11 +25,13 @@ from ov_segmentation.evaluation.oracle import with_oracle_classes, with_oracle_m
 from ov_segmentation.evaluation.pictures import shrink
 from ov_segmentation.evaluation.similarity import label_set_similarity
 from ov_segmentation.evaluation.vocabulary_report import check_spelling, usable
+from ov_segmentation.metrics import ConfusionMatrix
 from ov_segmentation.modeling_outputs import OpenVocabularySegmentationOutput
 from ov_segmentation.region_scores import region_scores
 from ov_segmentation.vocabulary import Vocabulary
 from tests import fake_model, official_trees
 from tests.official_trees import TREES, names
+from tests.tiny import TOKENIZER
 
 disable_progress_bars()
 ROOT = Path(__file__).parents[1]
@@ -390,3 +394,40 @@ def test_own_vocabulary_keeps_the_methods_texts():
     protocol = evaluation_protocol("pascal_voc_20", "sed").with_changes(names=[f"n{k}" for k in range(20)])
     assert len(protocol.vocabulary.templates) == 80
     assert isinstance(protocol.vocabulary, Vocabulary) and protocol.names.startswith("given:")
+
+
+# ---------------------------------------------------------------------- the methods themselves
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.model_type)
+def test_methods_score_as_by_hand(method, tmp_path):
+    """Every method through the command equals processor, model with the protocol's switches, and post-processing."""
+    tests_of_method = importlib.import_module(f"tests.models.test_{method.model_type}")
+    templates = {"sed": {"num_templates": 80}, "cat_seg": {"num_templates": 1}}.get(method.model_type, {})
+    model = getattr(tests_of_method, f"Test{method.name}")().model(**templates)
+    image_processor = load_class(method.image_processor)(size={"shortest_edge": 64, "longest_edge": 2560})
+    processor = load_class(method.processor)(image_processor, TOKENIZER)
+    model.save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    _, data = known_errors(tmp_path / "tree")
+    given = ["--model", str(tmp_path / "model"), "--data", data, "--output", str(tmp_path / "out")]
+    main([*given, "--benchmark", "camvid_11", "--oracle", "masks", "classes"])
+    report = json.loads((tmp_path / "out/camvid_11/report.json").read_text())
+    protocol = evaluation_protocol("camvid_11", method.model_type)
+    matrix = ConfusionMatrix(11, ignore_index=11)
+    with torch.no_grad():
+        text_embeds = model.encode_vocabulary(**processor(text=protocol.vocabulary, return_tensors="pt"))
+        for number in range(2):
+            picture, label_map = (
+                Image.open(tmp_path / f"tree/data/{kind}/validation/{number}.png") for kind in ("images", "annotations")
+            )
+            inputs = processor(images=picture, return_tensors="pt")
+            outputs = model(**inputs, text_embeds=text_embeds, **protocol.switches)
+            maps = processor.post_process_semantic_segmentation(outputs, target_sizes=[(24, 32)])
+            matrix.update(maps, [np.array(label_map)])
+    scores = matrix.compute(protocol.averaging)
+    assert report["miou"] == scores.miou
+    assert [row["predicted_pixels"] for row in report["classes"]] == matrix.counts[:, :11].sum(0).tolist()
+    # each oracle is at least as good as the map on its own terms: names by majority, masks of the ground truth
+    assert report["scores"]["classes"]["pixel_accuracy"] >= report["scores"]["plain"]["pixel_accuracy"]
+    assert report["scores"]["masks"]["num_pixels"] == scores.num_pixels

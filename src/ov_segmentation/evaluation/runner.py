@@ -83,7 +83,7 @@ def count_pixels(
     identity = {
         "protocol": protocol.id,
         "model": weights_digest(model),
-        "data": place,
+        "data": str(Path(place).resolve()) if Path(place).is_dir() else place,
         "modes": list(modes),
         "max_samples": max_samples,
     }
