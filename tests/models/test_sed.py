@@ -21,7 +21,9 @@ from ov_segmentation.models.sed.configuration_sed import SEDConfig
 from ov_segmentation.models.sed.decoder import REJECTED
 from ov_segmentation.models.sed.image_processing_sed import SEDImageProcessor
 from ov_segmentation.models.sed.modeling_sed import SEDForOpenVocabularySegmentation
+from tests.mixins.conversion import ConversionTesterMixin
 from tests.mixins.model import ModelTesterMixin
+from tests.mixins.pipeline import PipelineTesterMixin
 from tests.tiny import TOKENIZER, random_embeddings, tiny_clip_config, tiny_pictures
 
 TEXT = {**tiny_clip_config()["text_config"], "hidden_act": "gelu"}
@@ -37,7 +39,7 @@ VISION = {
 PLAIN = {**tiny_clip_config()["vision_config"], "model_type": "clip_vision_model"}
 
 
-class TestSED(ModelTesterMixin):
+class TestSED(ModelTesterMixin, PipelineTesterMixin):
     name = "SED"
     wrong_values: ClassVar = {"rejection_top_k": "eight", "feature_fusion": "all", "kernel_sizes": 9}
 
@@ -500,3 +502,17 @@ def write_open_clip(model: SEDForOpenVocabularySegmentation, folder: Path, safe:
 def to_ours(key: str) -> str:
     """`transformer.resblocks.<i>.self_attn.*` -> our name."""
     return key.replace("transformer.resblocks.", "text_model.text_model.encoder.layers.")
+
+
+class TestSEDConversion(ConversionTesterMixin):
+    method = "sed"
+    case = "sed/case_a"
+    manifests = ("sed", ("convnextB_768", "convnextL_768"))
+
+    def test_a_clip_checkpoint_is_refused(self) -> None:
+        with pytest.raises(ValueError, match="clip_checkpoint"):
+            self.rules.convert(self.checkpoint, self.config(), self.checkpoint)
+
+    def test_a_plain_encoder_is_refused(self) -> None:
+        with pytest.raises(ConversionError, match="ViT"):
+            self.rules.convert(self.checkpoint, TestSED().config(vision_config=PLAIN, projection_type="linear"))
