@@ -16,6 +16,8 @@ from datasets import Dataset, Features
 from PIL import Image as PILImage
 from torch.nn.functional import cross_entropy, interpolate
 
+from examples.ovseg_on_scenes import main as on_scenes
+from examples.train_mask_adapted_clip import main as command_line
 from ov_segmentation import AutoModelForOpenVocabularySegmentation
 from ov_segmentation.data.mask_pairs import MaskPair, load_mask_pairs, mask_picture, pair_features
 from ov_segmentation.models.ovseg.convert_ovseg import VARIANTS
@@ -343,3 +345,24 @@ def test_shipped_recipes(name: str, variant: str) -> None:
 def test_recipes_of_the_scenes() -> None:
     assert load_recipe(RECIPES / "ovseg_scenes.yaml").model.model_type == "ovseg"
     assert load_adaptation_recipe(RECIPES / "ovseg_scenes_clip.yaml").equal_nouns == "ignored"
+
+
+def test_command_line_says_what_is_wrong(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="No recipe at"):
+        command_line(["--recipe", str(tmp_path / "none.yaml")])
+    path = tmp_path / "recipe.yaml"
+    path.write_text(json.dumps(values(folder)))
+    with pytest.raises(SystemExit, match="Nothing to train"):
+        command_line(["--recipe", str(path), "--set", "train_clip=false"])
+
+
+@pytest.mark.slow
+def test_the_chain_on_scenes(tmp_path: Path) -> None:
+    sizes = {"train": 16, "evaluation": 4, "clip-steps": 2, "steps": 1, "adaptation-steps": 1, "train-pictures": 4}
+    options = [part for name, value in sizes.items() for part in (f"--{name}", str(value))]
+    ledger = tmp_path / "ledger.jsonl"
+    on_scenes(["--output", str(tmp_path / "run"), *options, "--max-evaluation", "2", "--ledger", str(ledger)])
+    entries = [json.loads(line) for line in ledger.read_text().splitlines()]
+    names = ["maskformer", "fine_tuned", "prompts", "both"]
+    assert [entry["name"] for entry in entries] == [f"ovseg_scenes_{name}" for name in names]
+    assert all({"crops_top1", "miou"} <= set(entry["figures"]) for entry in entries)

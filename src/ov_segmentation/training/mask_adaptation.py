@@ -29,7 +29,7 @@ from ..strict_mapping import RecipeError
 from ..text_encoding import encode_prompts
 from ..vocabulary import Vocabulary
 from .adaptation_recipe import AdaptationRecipe, PromptsRecipe
-from .building import build_model_and_processor
+from .building import WORDS, build_model_and_processor
 from .contrastive import contrastive_loss
 from .masked_crop_accuracy import masked_crop_accuracy
 from .randomness import AUGMENTATION, derive_generator, epoch_order
@@ -232,7 +232,9 @@ class AdaptationRun(TrainingRun):
         self.evaluates = self.test_pairs is not None
         vocabularies = [build_vocabulary(names, "ovseg")] if names else []
         self.class_names = vocabularies[0] if names else None
-        self.model, self.processor = build_model_and_processor(recipe, [*vocabularies, Vocabulary(self.pairs.nouns)])
+        if recipe.processor.tokenizer == WORDS:
+            vocabularies.append(Vocabulary(self.pairs.nouns))
+        self.model, self.processor = build_model_and_processor(recipe, vocabularies)
         if self.model.config.model_type != "ovseg":
             raise RecipeError(f"model must be an OVSeg model, the recipe's is {self.model.config.model_type}.")
         prepare_prompts(self.model, recipe.prompts)
