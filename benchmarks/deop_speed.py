@@ -21,10 +21,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch.nn.functional import normalize
+from transformers import SamConfig
 
 from ov_segmentation import AutoModelForOpenVocabularySegmentation, ledger
 from ov_segmentation.models.deop.configuration_deop import DeOPConfig
 from ov_segmentation.models.deop.image_processing_deop import DeOPImageProcessor
+from ov_segmentation.models.deop.plain_clip import TRAINING_FREE
 from ov_segmentation.models.ovseg.convert_ovseg import VARIANTS
 from ov_segmentation.models.ovseg.image_processing_ovseg import OVSegImageProcessor
 
@@ -36,16 +38,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line, measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--crops", type=int, nargs="+", default=[20, 100])
+    parser.add_argument("--sam", action="store_true", help="also DeOP without training on SAM ViT-B's masks (slow)")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--ledger", type=Path, help="JSON-lines file to append the figures to")
     options = parser.parse_args(arguments)
     figures = {"deop_seconds": median_seconds(deop_call(), options.repeats)}
-    print(f"DeOP: {figures['deop_seconds']:.2f} s")
+    print(f"DeOP: {figures['deop_seconds']:.2f} s", flush=True)
+    for name, call in training_free_calls(options.sam).items():
+        figures[f"{name}_seconds"] = median_seconds(call, options.repeats)
+        print(f"DeOP without training, {name}: {figures[f'{name}_seconds']:.2f} s", flush=True)
     for crops in options.crops:
         seconds = median_seconds(simbaseline_call(crops), options.repeats)
         ratio = seconds / figures["deop_seconds"]
         figures |= {f"simbaseline_{crops}_seconds": seconds, f"ratio_{crops}": ratio}
-        print(f"SimBaseline, {crops} crops: {seconds:.2f} s, {ratio:.2f} x DeOP's")
+        print(f"SimBaseline, {crops} crops: {seconds:.2f} s, {ratio:.2f} x DeOP's", flush=True)
     if options.ledger is not None:
         ledger.append(
             options.ledger,
@@ -62,6 +68,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def deop_call() -> Callable[[], Any]:
     """The released size."""
     return forward(DeOPConfig(), DeOPImageProcessor())
+
+
+def training_free_calls(with_sam: bool) -> dict[str, Callable[[], Any]]:
+    """Around CLIP ViT-B/16 of random weights: patches alone, and on request SAM's masks from 32 x 32 points."""
+    pictures = DeOPImageProcessor(pad_multiple=None)
+    calls = {"patches": forward(DeOPConfig(proposals="none", **TRAINING_FREE), pictures)}
+    if with_sam:
+        calls["sam"] = forward(DeOPConfig(proposals="sam", sam_config=SamConfig(), **TRAINING_FREE), pictures)
+    return calls
 
 
 def simbaseline_call(crops: int) -> Callable[[], Any]:
@@ -100,8 +115,9 @@ def set_masks(mask_logits: torch.Tensor, crops: int) -> torch.Tensor:
 
 
 def median_seconds(call: Callable[[], Any], repeats: int) -> float:
-    """After one call that warms up."""
-    call()
+    """After one call that warms up, unless there is to be only one."""
+    if repeats > 1:
+        call()
     seconds = []
     for _ in range(repeats):
         start = time.process_time()

@@ -278,7 +278,7 @@ class TestDeOP(ModelTesterMixin, FromCLIPTesterMixin, PipelineTesterMixin):
             ("sam", "proposals='maskformer'"),
             ("watershed", "proposals='watershed'"),
         ],
-        ids=str,
+        ids=["dimensions", "batch", "empty", "integers", "NaN", "number", "no SAM", "unknown"],
     )
     def test_refuses_proposals_that_cannot_be_used(self, masks: Any, message: str) -> None:
         model = self.model()
