@@ -360,7 +360,8 @@ def test_released_sizes(variant: str, total: float, trained: float) -> None:
 class TestOVSegConversion(ConversionTesterMixin):
     method = "ovseg"
     case = "ovseg/case_a"
-    relatives = ("simbaseline_case",)
+    # DeOP's first stage holds the same adapter as SimBaseline and nothing else: a variant, not another method
+    relatives = ("simbaseline_case", "prompt_case")
     manifests = ("ovseg", ("ovseg_swinbase_vitL14_ft_mpt", "ovseg_R101c_vitB16_ft_mpt", "simbaseline_coco156"))
 
     @pytest.mark.parametrize("clip", ["ViT-L-14", "ViT-B-16"])
