@@ -15,6 +15,8 @@ from ov_segmentation.models.cat_seg.image_processing_cat_seg import CATSegImageP
 from ov_segmentation.models.cat_seg.modeling_cat_seg import REJECTED, CATSegForOpenVocabularySegmentation
 from tests.mixins.conversion import ConversionTesterMixin
 from tests.mixins.model import FromCLIPTesterMixin, ModelTesterMixin
+from tests.mixins.pipeline import PipelineTesterMixin
+from tests.mixins.processor import ImageProcessorTesterMixin
 from tests.tiny import tiny_clip_config, tiny_pictures
 
 SMALL = {
@@ -34,7 +36,7 @@ SMALL = {
 }
 
 
-class TestCATSeg(ModelTesterMixin, FromCLIPTesterMixin):
+class TestCATSeg(ModelTesterMixin, FromCLIPTesterMixin, PipelineTesterMixin):
     name = "CATSeg"
     wrong_values: ClassVar = {"max_classes": "all", "clip_finetune": "some", "skip_layers": 3, "dense_residual": None}
     clip_values: ClassVar = {**SMALL, "num_templates": 2}
@@ -358,3 +360,7 @@ class TestCATSegConversion(ConversionTesterMixin):
 
     def test_released_configurations_keep_the_originals_geometry(self) -> None:
         assert {name: make().pad_multiple for name, make in VARIANTS.items()} == {"vitb_384": 32, "vitl_336": 32}
+
+
+class TestCATSegImageProcessor(ImageProcessorTesterMixin):
+    image_processor_class = CATSegImageProcessor
