@@ -12,6 +12,7 @@ from huggingface_hub.errors import StrictDataclassClassValidationError
 from torch.nn import functional as F
 from transformers import CLIPConfig, SamConfig, SamModel
 
+from ov_segmentation.data.augmentation import build_augmentations
 from ov_segmentation.layers.linear_attention import TextClassAttention
 from ov_segmentation.layers.pseudo_prompts import PseudoPrompts
 from ov_segmentation.layers.sam_blocks import PseudoPromptEncoder, SAMBlock, load_sam_parts
@@ -19,6 +20,8 @@ from ov_segmentation.models.esc_net.blocks import chunk_bounds
 from ov_segmentation.models.esc_net.configuration_esc_net import ESCNetConfig
 from ov_segmentation.models.esc_net.image_processing_esc_net import ESCNetImageProcessor
 from ov_segmentation.models.esc_net.modeling_esc_net import REJECTED, ESCNetForOpenVocabularySegmentation
+from ov_segmentation.training.optimization import parameter_settings
+from ov_segmentation.training.recipe import load_recipe
 from tests.mixins.model import FromCLIPTesterMixin, ModelTesterMixin
 from tests.mixins.pipeline import PipelineTesterMixin
 from tests.tiny import random_embeddings, tiny_clip_config, tiny_pictures
@@ -68,6 +71,7 @@ VIT_L = CLIPConfig(
         "projection_dim": 768,
     },
 )
+RECIPES = Path(__file__).resolve().parents[2] / "examples" / "recipes"
 TABLE_3 = [("points",), ("boxes",), ("points", "boxes"), ("points", "masks"), ("boxes", "masks")]
 TABLE_3 += [("points", "boxes", "masks")]
 
@@ -134,6 +138,13 @@ class TestESCNet(ModelTesterMixin, FromCLIPTesterMixin, PipelineTesterMixin):
         for chunk_size in (1, 4, 7, 50):
             found = model(**inputs, class_chunk_size=chunk_size).logits
             torch.testing.assert_close(found, whole, rtol=0, atol=1e-5)
+
+    @torch.no_grad()
+    def test_large_vocabularies_in_chunks(self) -> None:
+        model = self.model()
+        inputs = {**self.pictures(), "text_embeds": self.text(model, 847)}
+        whole = model(**inputs, class_chunk_size=None).logits
+        torch.testing.assert_close(model(**inputs, class_chunk_size=64).logits, whole, rtol=0, atol=1e-5)
 
     @pytest.mark.parametrize("limit", [{}, {"rejection_top_k": 1}])
     @torch.no_grad()
@@ -594,6 +605,47 @@ def test_published_sizes() -> None:
     assert (base.image_size, tuple(base.skip_layers), base.grid_size) == (384, (3, 7), 24)
     assert base.sam_config.prompt_encoder_config.image_embedding_size == 24
     assert config.sam_config.prompt_encoder_config.image_size == 336
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("esc_net_*.yaml")), ids=lambda path: path.stem)
+def test_recipes(path: Path) -> None:
+    """They load; around published CLIPs, CLIP and SAM have the paper's lower rate."""
+    recipe = load_recipe(path)
+    assert build_augmentations(recipe.augmentation)
+    values = recipe.model.config
+    if "from_clip" in path.read_text() and "vit_l" in path.stem:
+        values = {"clip_config": VIT_L.to_dict(), **ESCNetForOpenVocabularySegmentation.config_for_clip(VIT_L)}
+    with torch.device("meta"):
+        model = ESCNetForOpenVocabularySegmentation(ESCNetConfig(**values))
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    settings = parameter_settings(trained, recipe.optimizer)
+    assert settings.keys() == trained.keys()
+    if path.stem.endswith("coco"):
+        for name, (lr, decay) in settings.items():
+            pretrained = name.startswith(("clip.", "prompt_encoder.")) or ".sam." in name
+            assert lr == pytest.approx(2e-6 if pretrained else 2e-4), name
+            assert decay == (0 if "norm" in name else 1e-4), name
+        assert recipe.model.from_sam
+
+
+def test_the_small_model_of_the_camvid_recipe_learns() -> None:
+    """A few steps on two pictures: below 0.614, what knowing the shares of the classes alone would give."""
+    torch.manual_seed(0)
+    config = ESCNetConfig(**load_recipe(RECIPES / "esc_net_tiny_camvid.yaml").model.config)
+    config._attn_implementation = "eager"
+    model = ESCNetForOpenVocabularySegmentation(config).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    labels = torch.zeros(2, 96, 96, dtype=torch.long)
+    labels[0, :48], labels[1, :, 48:], labels[:, -9:] = 1, 2, -100
+    pictures = torch.nn.functional.one_hot(labels.clamp(min=0), 3).permute(0, 3, 1, 2).float()
+    losses = []
+    for _ in range(16):
+        loss = model(pixel_values=pictures, text_embeds=random_embeddings(3, 128), labels=labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.6
 
 
 @pytest.mark.slow
