@@ -19,7 +19,7 @@ from examples.evaluate import main
 from ov_segmentation import ledger
 from ov_segmentation.auto import METHODS, load_class
 from ov_segmentation.data.benchmarks import evaluation_protocol
-from ov_segmentation.data.datasets import LabelledPicture
+from ov_segmentation.data.labelled_pictures import LabelledPicture
 from ov_segmentation.data.preparation import prepare
 from ov_segmentation.evaluation.oracle import with_oracle_classes, with_oracle_masks
 from ov_segmentation.evaluation.pictures import shrink
@@ -201,7 +201,7 @@ def launch_two(arguments):
     variables = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}", "ACCELERATE_USE_CPU": "true"}
     start = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv_backend=c10d"]
     command = [*start, "--rdzv_endpoint=localhost:0", "tests/fake_model.py", *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=900)
 
 
 def test_a_killed_run_goes_on_in_two_processes(tmp_path):

@@ -13,7 +13,8 @@ from torch import nn
 
 from ov_segmentation import Vocabulary
 from ov_segmentation.data.augmentation import RandomResizedCrop
-from ov_segmentation.data.datasets import LabelledPicture, load_segmentation_data
+from ov_segmentation.data.datasets import load_segmentation_data
+from ov_segmentation.data.labelled_pictures import LabelledPicture
 from ov_segmentation.data.regions import RegionPictures
 from ov_segmentation.models.deop.configuration_deop import DeOPConfig
 from ov_segmentation.models.deop.modeling_deop import DeOPForOpenVocabularySegmentation

@@ -14,7 +14,8 @@ import numpy as np
 from datasets import Dataset
 from PIL import Image as PILImage
 
-from .datasets import LabelledPictures, load_segmentation_data, load_splits
+from .datasets import load_segmentation_data, load_splits
+from .labelled_pictures import LabelledPictures
 from .mask_pairs import pair_features
 from .mining import MiningOptions, PairMiner
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..label_maps import IGNORED
-from .datasets import LabelledPicture, LabelledPictures
+from .labelled_pictures import LabelledPicture, LabelledPictures
 
 
 class RegionPictures:

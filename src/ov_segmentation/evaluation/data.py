@@ -8,7 +8,8 @@ from typing import Any
 
 from ..data.benchmarks import EvaluationProtocol, evaluation_protocol, own_protocol
 from ..data.class_names import class_names
-from ..data.datasets import SegmentationData, load_segmentation_data
+from ..data.datasets import load_segmentation_data
+from ..data.labelled_pictures import SegmentationData
 from ..data.preparation.card import read_card
 from ..vocabulary import BENCHMARKS
 from .state import EvaluationError

@@ -10,7 +10,7 @@ import PIL.Image
 import torch
 from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
-from ..data.datasets import LabelledPicture, LabelledPictures, LabelledStream
+from ..data.labelled_pictures import LabelledPicture, LabelledPictures, LabelledStream
 
 
 class Sample(NamedTuple):

@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch.utils.data import DataLoader, Dataset
 
-from ..data.datasets import LabelledPictures
+from ..data.labelled_pictures import LabelledPictures
 from ..metrics import Averaging, ConfusionMatrix, SegmentationScores
 from ..modeling_outputs import OpenVocabularySegmentationOutput
 from ..vocabulary import Vocabulary

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
 from ..data.benchmarks import EvaluationProtocol
-from ..data.datasets import SegmentationData
+from ..data.labelled_pictures import SegmentationData
 from ..metrics import ConfusionMatrix
 from ..text_encoding import hash_tensors
 from .oracle import Oracle, with_oracle_classes, with_oracle_masks

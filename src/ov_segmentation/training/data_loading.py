@@ -17,7 +17,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from ..data.augmentation import Augmentation, augment
-from ..data.datasets import LabelledPictures
+from ..data.labelled_pictures import LabelledPictures
 from ..label_maps import IGNORED
 from ..strict_mapping import RecipeError
 from .randomness import AUGMENTATION, LOSS, derive_generator, derive_seed, epoch_order

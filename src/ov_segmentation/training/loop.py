@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from ..data.augmentation import build_augmentations
-from ..data.datasets import LabelledPictures, SegmentationData, load_segmentation_data
+from ..data.datasets import load_segmentation_data
+from ..data.labelled_pictures import LabelledPictures, SegmentationData
 from ..data.regions import RegionPictures
 from ..evaluation.prediction import evaluate
 from .building import build_model_and_processor

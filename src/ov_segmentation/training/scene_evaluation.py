@@ -8,7 +8,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from ..data.datasets import LabelledPictures
+from ..data.labelled_pictures import LabelledPictures
 from ..data.scene_vocabulary import TIERS, SceneVocabulary
 from ..evaluation.prediction import evaluate
 from ..metrics import SegmentationScores

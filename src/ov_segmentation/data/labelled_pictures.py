@@ -1,0 +1,157 @@
+"""Pictures with their label maps, read and checked one by one: with random access, or from a stream."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from datasets import Dataset, DatasetDict, Image, IterableDataset, IterableDatasetDict
+from PIL import Image as PILImage
+
+from ..label_maps import IGNORED, ignore_ids, read_label_map
+from ..vocabulary import Vocabulary
+
+
+@dataclass(frozen=True)
+class SegmentationData:
+    """Splits with the columns `image` and `annotation` (and whatever else they had), and what the ids mean.
+
+    Args:
+        splits: the dataset.
+        vocabulary: class k of the label maps is its k-th name.
+        ignore_index: ids that are no class.
+        reduce_labels: id 0 is ignored and every other id is lowered by one, before `ignore_index` is looked at.
+    """
+
+    splits: DatasetDict | IterableDatasetDict
+    vocabulary: Vocabulary
+    ignore_index: tuple[int, ...] = ()
+    reduce_labels: bool = False
+
+    def split(self, name: str, max_samples: int | None = None) -> LabelledPictures:
+        """The decoded and checked samples of a split.
+
+        Raises:
+            ValueError: no such split, or an empty one.
+        """
+        if name not in self.splits:
+            raise ValueError(f"There is no split {name!r}. This data set has: {', '.join(self.splits)}.")
+        rows = self.splits[name]
+        if not len(rows):
+            raise ValueError(f"The split {name!r} is empty.")
+        return LabelledPictures(
+            self, name, rows if max_samples is None else rows.select(range(min(max_samples, len(rows))))
+        )
+
+    def stream(self, name: str) -> LabelledStream:
+        """The same of a data set that was loaded with `streaming=True`.
+
+        Raises:
+            ValueError: no such split.
+        """
+        if name not in self.splits:
+            raise ValueError(f"There is no split {name!r}. This data set has: {', '.join(self.splits)}.")
+        return LabelledStream(self, name, self.splits[name])
+
+    def check(self, row: Mapping[str, Any], name: str) -> LabelledPicture:
+        """Picture and class ids of a decoded row.
+
+        Args:
+            name: what messages call it.
+
+        Raises:
+            ValueError: no label map, one of another size than the picture, or with ids that are no class.
+        """
+        image = row["image"]
+        if image is None:
+            raise ValueError(f"{name}: it has no picture.")
+        if row["annotation"] is None:
+            raise ValueError(f"{name}: it has no label map. Leave unlabelled samples out, or take another split.")
+        label_map = self._class_ids(row["annotation"], name)
+        if label_map.shape != (image.height, image.width):
+            raise ValueError(
+                f"{name}: its label map is {label_map.shape[1]} x {label_map.shape[0]} pixels, its picture "
+                f"{image.width} x {image.height} (width x height). They must have one size."
+            )
+        return LabelledPicture(image.convert("RGB"), label_map)
+
+    def _class_ids(self, annotation: Any, name: str) -> np.ndarray:
+        try:
+            ids = read_label_map(annotation)
+            if self.reduce_labels:
+                ids = np.where(ids == 0, IGNORED, ids - 1)
+            ids = ignore_ids(ids, self.ignore_index).astype(np.int32)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{name}: {error}") from error
+        num_classes, highest = len(self.vocabulary), int(ids.max())
+        if highest >= num_classes:
+            raise ValueError(
+                f"{name}: its label map holds the id {highest}, but the classes are 0 to {num_classes - 1} and the "
+                f"ignored ids {list(self.ignore_index)}. Is it an ignored id? Give ignore_index. Is 0 the "
+                f"unlabelled id, and do the classes start at 1? Set reduce_labels."
+            )
+        return ids
+
+
+class LabelledPicture(NamedTuple):
+    """RGB picture and int32 label map `[H, W]` of its size, class ids and -100 (ignored)."""
+
+    image: PILImage.Image
+    label_map: np.ndarray
+
+
+class LabelledPictures:
+    """A split as a sequence of `LabelledPicture`, each checked when it is read."""
+
+    def __init__(self, data: SegmentationData, split: str, rows: Dataset) -> None:
+        self.data, self.split, self.rows = data, split, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> LabelledPicture:
+        row = self.rows[int(index)]
+        return self.data.check(row, _place(index, self.split, row))
+
+    def file_name(self, index: int) -> str:
+        """The picture's file name, its index where the data set has none."""
+        return str(index) if self._file_names is None else self._file_names[index]
+
+    @cached_property
+    def _file_names(self) -> list[str] | None:
+        # alone, so that no picture is decoded for its name
+        named = "file_name" in self.rows.column_names
+        return list(self.rows.select_columns("file_name")["file_name"]) if named else None
+
+
+class LabelledStream:
+    """A streamed split, each sample checked when it is read; `rows` are not decoded."""
+
+    def __init__(self, data: SegmentationData, split: str, rows: IterableDataset) -> None:
+        self.data, self.split, self.rows = data, split, rows
+
+    def samples(
+        self, wanted: Callable[[int], bool], max_samples: int | None = None
+    ) -> Iterator[tuple[int, str, LabelledPicture]]:
+        """(index, file name, picture) of the samples whose index is wanted; only those are decoded.
+
+        Args:
+            max_samples: only the first so many of the stream; None: all.
+        """
+        decoder = Image()
+        for index, row in enumerate(self.rows if max_samples is None else self.rows.take(max_samples)):
+            if wanted(index):
+                for column in ("image", "annotation"):
+                    row[column] = None if row[column] is None else decoder.decode_example(row[column])
+                yield index, str(row.get("file_name", index)), self.data.check(row, _place(index, self.split, row))
+
+
+def _place(index: int, split: str, row: Mapping[str, Any]) -> str:
+    name = f"sample {index} of split {split!r}"
+    if file := row.get("file_name") or getattr(row["image"], "filename", None):
+        name += f" ({Path(file).name})"
+    return name
