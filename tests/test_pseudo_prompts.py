@@ -98,6 +98,18 @@ def test_results_do_not_depend_on_the_batch() -> None:
     assert all(torch.equal(a, b) for a, b in zip(run(masks), together, strict=True))
 
 
+def test_half_precision_training_clusters_in_full() -> None:
+    masks, pixels = random_masks(20, seed=3), PIXELS.float() + 1000
+    start = farthest_points(pixels, masks, masks.int().argmax(dim=1), 5)
+    expected = kmeans(pixels, masks, *start, 10)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = kmeans(pixels, masks, *start, 10)
+        maps = torch.rand(4, SIDE, SIDE, generator=torch.Generator().manual_seed(0))
+        under_autocast = prompts(maps)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(under_autocast, prompts(maps), strict=True))
+
+
 def test_clusters_that_lose_all_pixels_are_not_valid() -> None:
     """A centre far from everything owns nothing; scikit-learn would move it."""
     mask = torch.zeros(1, SIDE * SIDE, dtype=torch.bool)

@@ -86,6 +86,8 @@ def kmeans(
     for _ in range(iterations):
         members = owned(nearest(centres)).to(coordinates.dtype)
         counts = members.sum(dim=2, keepdim=True)
-        centres = torch.where(counts > 0, members @ coordinates / counts.clamp(min=1), centres)
+        # no matrix product: autocast would run it in half precision
+        sums = torch.stack([(members * along).sum(dim=2) for along in coordinates.unbind(dim=1)], dim=2)
+        centres = torch.where(counts > 0, sums / counts.clamp(min=1), centres)
     labels = nearest(centres)
     return Clusters(labels.masked_fill(~masks, -1), centres, owned(labels).any(dim=2))

@@ -129,9 +129,12 @@ class SAMBlock(GradientCheckpointingLayer):
 
 
 def init_prompt_encoder(module: nn.Module) -> None:
-    """Original SAM's initialisation of what a `SamPromptEncoder` holds beside convolutions: unit normal embeddings."""
+    """Original SAM's initialisation of what a `SamPromptEncoder` holds beside convolutions: unit normal embeddings.
+
+    transformers scales the table of positions by half of the image encoder's width, which leaves neighbours unrelated.
+    """
     if isinstance(module, SamPromptEncoder):
-        init.normal_(module.shared_embedding.positional_embedding, std=module.shared_embedding.scale)
+        init.normal_(module.shared_embedding.positional_embedding)
         for embedding in (*module.point_embed, module.not_a_point_embed, module.no_mask_embed):
             init.normal_(embedding.weight)
 
