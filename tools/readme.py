@@ -65,6 +65,21 @@ def scientific(value: float) -> str:
     return f"{value:.0e}"
 
 
+def gibibytes(value: float) -> str:
+    """MiB as GiB."""
+    return f"{value / 1024:.1f}"
+
+
+def millions(value: float) -> str:
+    """To one place."""
+    return f"{value / 1e6:,.1f}"
+
+
+def billions(value: float) -> str:
+    """To one place."""
+    return f"{value / 1e9:,.1f}"
+
+
 def commit(value: str | None) -> str:
     """A commit's short name."""
     return f"`{value[:8]}`" if value else "unknown"
@@ -174,6 +189,8 @@ TABLES: dict[str, LedgerTable | MethodTable] = {
             Column("Method", "method"),
             Column("Command", "command", code),
             Column("Minutes", "seconds", minutes),
+            # the machine was shared: wall time says less than the processors' time
+            Column("CPU minutes", "figures.cpu_seconds", minutes),
             Column("mIoU", "figures.miou", percent),
             Column("Pixel accuracy", "figures.pixel_accuracy", percent),
             Column("Protocol", "protocol"),
@@ -215,11 +232,35 @@ TABLES: dict[str, LedgerTable | MethodTable] = {
     ),
 }
 
+# of ESC-Net, as its paper counts it
+LARGE_ESC_NET = {"method": "esc_net", "variant": "vit_l_14_336", "classes": 150}
+# switches of a run in which no class is rejected
+ALL_CLASSES = {"max_classes": None}
+
 VALUES: dict[str, Value] = {
     # ESC-Net has no original to compare with
     f"{model_type}_parity": Value("parity.jsonl", "figures.scores", scientific, {"method": model_type})
     for model_type in FACTS
     if model_type != "esc_net"
+} | {
+    "cat_seg_memory": Value(
+        "memory.jsonl", "figures.peak_mib", gibibytes, {"method": "cat_seg", "classes": 847, "switches": ALL_CLASSES}
+    ),
+    "sed_memory": Value(
+        "memory.jsonl", "figures.peak_mib", gibibytes, {"method": "sed", "classes": 847, "switches": {}}
+    ),
+    "sed_memory_top_8": Value(
+        "memory.jsonl",
+        "figures.peak_mib",
+        gibibytes,
+        {"method": "sed", "classes": 847, "switches": {"rejection_top_k": 8}},
+    ),
+    "esc_net_memory": Value(
+        "memory.jsonl", "figures.peak_mib", gibibytes, {"method": "esc_net", "classes": 847, "switches": {}}
+    ),
+    "esc_net_parameters": Value("counts.jsonl", "figures.parameters", millions, LARGE_ESC_NET),
+    "esc_net_view": Value("counts.jsonl", "figures.multiply_adds_of_a_view", billions, LARGE_ESC_NET),
+    "esc_net_views": Value("counts.jsonl", "figures.multiply_adds_of_five_views", billions, LARGE_ESC_NET),
 }
 
 

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import torch
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from .losses import global_mean_of_processes
+
+# larger than this, resized logits are made for some classes at a time, and again in the backward pass
+ELEMENTS_AT_ONCE = 2**24
 
 
 def per_class_cross_entropy(
@@ -25,12 +29,29 @@ def per_class_cross_entropy(
     total, pixels = logits.new_zeros((), dtype=torch.float32), 0
     for picture, label_map, (height, width) in zip(logits, labels, sizes.tolist(), strict=True):
         wanted = label_map[:height, :width]
-        resized = F.interpolate(picture[None].float(), (height, width), mode="bilinear", align_corners=False)[0]
-        known = wanted >= 0
-        # -log(1 - p) everywhere, and where the class is there -log p in its place: the difference is the logit itself
-        negatives = F.softplus(resized)
-        total = total + (negatives.sum() if ignore_as_negative else (negatives * known).sum())
-        total = total - (resized.gather(0, wanted.clamp(min=0)[None])[0] * known).sum()
-        pixels = pixels + (known.numel() if ignore_as_negative else known.sum())
+        at_once = max(1, ELEMENTS_AT_ONCE // wanted.numel())
+        if at_once >= len(picture):
+            total = total + _summed_cross_entropy(picture, wanted, 0, ignore_as_negative)
+        else:
+            for first in range(0, len(picture), at_once):
+                some = picture[first : first + at_once]
+                total = total + checkpoint(
+                    _summed_cross_entropy, some, wanted, first, ignore_as_negative, use_reentrant=False
+                )
+        pixels = pixels + (wanted.numel() if ignore_as_negative else (wanted >= 0).sum())
     count = torch.as_tensor(pixels * logits.shape[1], device=logits.device, dtype=torch.float32)
     return total / global_mean_of_processes(count).clamp(min=1)
+
+
+def _summed_cross_entropy(
+    logits: torch.Tensor, labels: torch.Tensor, first: int, ignore_as_negative: bool
+) -> torch.Tensor:
+    """Sum over classes and pixels for one picture: `logits` `[k, h, w]` of the classes from `first` on."""
+    resized = F.interpolate(logits[None].float(), labels.shape, mode="bilinear", align_corners=False)[0]
+    # -log(1 - p) everywhere, and where the class is there -log p in its place: the difference is the logit itself
+    negatives = F.softplus(resized)
+    total = negatives.sum() if ignore_as_negative else (negatives * (labels >= 0)).sum()
+    places = labels - first
+    here = (places >= 0) & (places < len(logits))
+    of_label = resized.gather(0, places.clamp(0, len(logits) - 1)[None])[0]
+    return total - (of_label * here).sum()

@@ -158,6 +158,17 @@ class TestSED(ModelTesterMixin, PipelineTesterMixin):
         assert list(losses[True]) == [f"loss_sem_seg_{i}" for i in range(4)]
         assert all(losses[True][name] != losses[False][name] for name in losses[True])
 
+    @pytest.mark.parametrize("ignore_as_negative", [True, False])
+    def test_loss_of_some_classes_at_a_time_is_the_same(
+        self, monkeypatch: pytest.MonkeyPatch, ignore_as_negative: bool
+    ) -> None:
+        model = self.model(ignore_as_negative=ignore_as_negative).train()
+        whole = self.gradients(model)
+        height, width = self.picture_size
+        monkeypatch.setattr("ov_segmentation.losses_per_class.ELEMENTS_AT_ONCE", height * width)
+        for name, gradient in self.gradients(model).items():
+            torch.testing.assert_close(gradient, whole[name], rtol=0, atol=1e-6, msg=name)
+
     def test_pooling_in_training_is_another(self) -> None:
         model = self.model().train()
         inputs = {**self.pictures(), "text_embeds": self.text(model)}
