@@ -39,8 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="auto: continue from the last checkpoint in the output folder, if any; never: the folder must be empty",
     )
     options = parser.parse_args(arguments)
-    given = sys.argv[1:] if arguments is None else arguments
-    command = shlex.join(["accelerate", "launch", "examples/train.py", *given])
+    # without --output: where a run lies changes nothing about it
+    changes = ["--set", *options.set] if options.set else []
+    command = shlex.join(["accelerate", "launch", "examples/train.py", "--recipe", str(options.recipe), *changes])
     try:
         recipe = load_recipe(options.recipe, options.set)
         train(recipe, options.output or Path("runs") / options.recipe.stem, options.resume, command)
