@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassClassValidationError
-from transformers import CLIPImageProcessor, CLIPProcessor, SamConfig, SamModel, pipeline
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPProcessor, SamConfig, SamModel, pipeline
 
 from ov_segmentation import AutoModelForOpenVocabularySegmentation
 from ov_segmentation.layers.sam_masks import FAR_OUTSIDE
@@ -230,6 +230,24 @@ class TestDeOP(ModelTesterMixin, FromCLIPTesterMixin, PipelineTesterMixin):
         assert losses[True] > 0
         assert losses[False] == 0
 
+    def test_initialisation(self) -> None:
+        """Sheet, sections 3 to 5."""
+        clip = {**tiny_clip_config(hidden_size=64), "projection_dim": 64}
+        model = self.model(clip_config=clip, visual_prompt_image_size=128, num_context_vectors=64)
+        decoder = model.heatmap_decoder
+        packed = (6 / (4 * 64)) ** 0.5
+        for linear in (decoder.layers[0].self_attn.q_proj, decoder.heatmap_layer.key_projection):
+            assert linear.weight.abs().max().item() == pytest.approx(packed, rel=0.05)
+            assert not linear.bias.any()
+        out = decoder.layers[0].encoder_attn.o_proj
+        assert out.weight.abs().max().item() == pytest.approx(64**-0.5, rel=0.05)
+        assert not out.bias.any()
+        assert decoder.layers[0].mlp.fc1.bias.any()
+        assert decoder.query_embedding.weight.std().item() == pytest.approx(1, rel=0.15)
+        assert model.visual_prompts.input_table.embedding.std().item() == pytest.approx(64**-0.5, rel=0.1)
+        assert model.text_prompt.context.std().item() == pytest.approx(0.02, rel=0.1)
+        assert model.no_object_embedding.std().item() == pytest.approx(64**-0.5, rel=0.4)
+
     # ------------------------------------------------------------------ any proposals
 
     def own_masks(self, number: int, size: tuple[int, int]) -> torch.Tensor:
@@ -439,6 +457,12 @@ def test_auto_class_takes_a_plain_clip(clip_folder: Path, tmp_path: Path) -> Non
         again = AutoModelForOpenVocabularySegmentation.from_pretrained(tmp_path)
     with torch.no_grad():
         assert torch.equal(again(**inputs).logits, model(**inputs).logits)
+
+
+def test_auto_class_builds_around_a_plain_clip_configuration() -> None:
+    model = AutoModelForOpenVocabularySegmentation.from_config(CLIPConfig.from_dict(tiny_clip_config()))
+    assert model.config.proposals == "none"
+    assert not model.no_object_embedding.any()
 
 
 def test_auto_class_passes_options_on(clip_folder: Path) -> None:

@@ -22,7 +22,7 @@ from ...losses import MaskClassificationCriterion, Prediction, sum_losses
 from ...modeling_base import OpenVocabularySegmentationModel
 from ...modeling_outputs import ImageState, OpenVocabularySegmentationOutput
 from .configuration_deop import DeOPConfig
-from .plain_clip import TRAINING_FREE, load_plain_clip
+from .plain_clip import TRAINING_FREE, load_plain_clip, plain_clip_config
 from .proposals import given_proposals, load_sam, sam_proposals
 from .severed_clip import PromptTable, VisualPrompts, severed_clip_tokens
 from .stage_losses import fill_outside, fused_map_losses, region_classes, region_features, region_losses
@@ -135,6 +135,10 @@ class DeOPForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
         source = args[0] if args else kwargs.pop("pretrained_model_name_or_path")
         return load_plain_clip(cls, source, kwargs.pop("config"), **kwargs)
 
+    @classmethod
+    def _from_config(cls, config: DeOPConfig | CLIPConfig, **kwargs: Any) -> Any:
+        return super()._from_config(plain_clip_config(config) if isinstance(config, CLIPConfig) else config, **kwargs)
+
     def processor_for_clip(self, processor: CLIPProcessor) -> Any:
         """The processor that goes with a plain CLIP's own; None where the model was trained with another."""
         from .processing_deop import DeOPProcessor
@@ -169,20 +173,26 @@ class DeOPForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
             init.normal_(module.context, std=0.02)
         elif isinstance(module, HeatmapDecoder):
             self._init_heatmap_decoder(module)
-        elif module is self and self.proposal_network is not None:
-            # without training it stays zero: a cosine of 0, below that of any class that is there
-            init.normal_(self.no_object_embedding, std=self.no_object_embedding.shape[-1] ** -0.5)
+        elif module is self:
+            # zero without training: a cosine of 0, below that of any class that is there
+            trained = self.proposal_network is not None
+            std = self.no_object_embedding.shape[-1] ** -0.5 if trained else 0.0
+            init.normal_(self.no_object_embedding, std=std)
 
     @staticmethod
     def _init_heatmap_decoder(decoder: HeatmapDecoder) -> None:
-        """The framework's defaults, as in the original: Xavier for attention, PyTorch's own for the rest."""
+        """The framework's defaults, as in the original: Xavier for the packed queries, keys and values of attention,
+        whose three blocks count as one matrix, and no bias; PyTorch's own for the rest."""
         init.normal_(decoder.query_embedding.weight)
         for name, part in decoder.named_modules():
-            if isinstance(part, nn.Linear) and ("attn" in name or "_projection" in name):
-                init.xavier_uniform_(part.weight)
-                init.zeros_(part.bias)
-            elif isinstance(part, nn.Linear):
+            if not isinstance(part, nn.Linear):
+                continue
+            if name.endswith(("q_proj", "k_proj", "v_proj", "_projection")):
+                init.xavier_uniform_(part.weight, gain=0.5**0.5)
+            else:
                 init_torch_defaults(part)
+            if "attn" in name or name.endswith("_projection"):
+                init.zeros_(part.bias)
 
     # ------------------------------------------------------------------ text side
 

@@ -14,7 +14,7 @@ from typing import Any
 from transformers import CLIPConfig
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from ...layers.clip_stem import load_clip
+from ...layers.clip_stem import load_clip, split_clip_config
 from .configuration_deop import DeOPConfig
 
 TRAINING_FREE = {
@@ -49,6 +49,12 @@ IGNORED_ARGUMENTS = (
     "_from_pipeline",
     "task",
 )
+
+
+def plain_clip_config(clip_config: CLIPConfig) -> DeOPConfig:
+    """The configuration of the training-free model around a CLIP."""
+    clip_config, clip_stem = split_clip_config(clip_config)
+    return DeOPConfig(clip_config=clip_config, clip_stem=clip_stem, proposals="none", **TRAINING_FREE)
 
 
 def load_plain_clip(model_class: Any, source: str | os.PathLike, clip_config: CLIPConfig, **arguments: Any) -> Any:
