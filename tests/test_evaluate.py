@@ -110,6 +110,9 @@ def test_ground_truth_scores_100_on_every_benchmark(prepared, tmp_path, monkeypa
         assert_perfect(report, ("masks", "classes"))
         assert report["protocol_id"] in printed
         assert report["pictures"] == 2
+    for name in ("coco_stuff_171", "pascal_voc_20"):  # they have a zero-shot split
+        assert reports[name]["scores"]["plain"]["hiou"] == 1.0
+    assert "hiou" not in reports["ade20k_150"]["scores"]["plain"]
     assert reports["pascal_voc_20b"]["protocol"]["names"] == "pascal_voc_20b"
     paper = {row["variant"]: row for row in reports["pascal_voc_20b"]["reported"]}
     assert paper["ViT-B/16"]["miou"] == 77.3
@@ -280,8 +283,11 @@ def test_bad_input_is_named(prepared, tmp_path):
     label_map = tmp_path / "data/annotations/validation/1.png"
     official_trees.save_map(label_map, np.full((24, 32), 40))
     assert "holds the id 40" in refused(model, [data], tmp_path / "o2")
+    label_map.write_bytes(label_map.read_bytes()[:50])
+    message = refused(model, [data], tmp_path / "o3")
+    assert "1.png" in message and "cannot be decoded" in message
     label_map.unlink()
-    assert "has no label map" in refused(model, [data], tmp_path / "o3")
+    assert "has no label map" in refused(model, [data], tmp_path / "o4")
 
 
 def refused_without_protocol(model, data, output):

@@ -125,6 +125,7 @@ def label_sets() -> dict[str, LabelSet]:
             pictures={"validation": 5_104},
             source=_CONTEXT_SOURCE,
         ),
+        # SED's and CAT-Seg's own files have 459 where ours have 65535: the same pixels
         LabelSet(
             "pascal_context_459",
             "PASCAL Context 459",

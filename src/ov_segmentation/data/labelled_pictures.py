@@ -114,7 +114,11 @@ class LabelledPictures:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> LabelledPicture:
-        row = self.rows[int(index)]
+        try:
+            row = self.rows[int(index)]
+        except (OSError, SyntaxError) as error:  # PIL raises both for broken files
+            name = f"sample {index} of split {self.split!r} ({self.file_name(int(index))})"
+            raise ValueError(f"{name}: its picture or label map cannot be decoded ({error}).") from error
         return self.data.check(row, _place(index, self.split, row))
 
     def file_name(self, index: int) -> str:
@@ -145,9 +149,13 @@ class LabelledStream:
         decoder = Image()
         for index, row in enumerate(self.rows if max_samples is None else self.rows.take(max_samples)):
             if wanted(index):
+                place = _place(index, self.split, row)
                 for column in ("image", "annotation"):
-                    row[column] = None if row[column] is None else decoder.decode_example(row[column])
-                yield index, str(row.get("file_name", index)), self.data.check(row, _place(index, self.split, row))
+                    try:
+                        row[column] = None if row[column] is None else decoder.decode_example(row[column])
+                    except (OSError, SyntaxError) as error:
+                        raise ValueError(f"{place}: its {column} cannot be decoded ({error}).") from error
+                yield index, str(row.get("file_name", index)), self.data.check(row, place)
 
 
 def _place(index: int, split: str, row: Mapping[str, Any]) -> str:
