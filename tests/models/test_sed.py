@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+import yaml
 from huggingface_hub.errors import StrictDataclassClassValidationError
 from safetensors.torch import save_file
 from transformers import CLIPConfig, CLIPModel
@@ -21,11 +22,15 @@ from ov_segmentation.models.sed.configuration_sed import SEDConfig
 from ov_segmentation.models.sed.decoder import REJECTED
 from ov_segmentation.models.sed.image_processing_sed import SEDImageProcessor
 from ov_segmentation.models.sed.modeling_sed import SEDForOpenVocabularySegmentation
+from ov_segmentation.training.building import select_trainable
+from ov_segmentation.training.optimization import parameter_settings
+from ov_segmentation.training.recipe import load_recipe
 from tests.mixins.conversion import ConversionTesterMixin
 from tests.mixins.model import ModelTesterMixin
 from tests.mixins.pipeline import PipelineTesterMixin
 from tests.tiny import TOKENIZER, random_embeddings, tiny_clip_config, tiny_pictures
 
+RECIPES = Path(__file__).parents[2] / "examples" / "recipes"
 TEXT = {**tiny_clip_config()["text_config"], "hidden_act": "gelu"}
 VISION = {
     "model_type": "convnext",
@@ -455,6 +460,28 @@ class TestSED(ModelTesterMixin, PipelineTesterMixin):
             assert torch.equal(model.visual_projection.weight, clip.visual_projection.weight)
             weights = clip.text_model.state_dict()
             assert all(torch.equal(v, weights[k]) for k, v in model.text_model.text_model.state_dict().items())
+
+    # ------------------------------------------------------------------ recipes
+
+    @pytest.mark.parametrize("name", ["sed_convnext_b_coco", "sed_convnext_l_coco", "sed_tiny_camvid", "sed_scenes"])
+    def test_recipes(self, name: str) -> None:
+        """Every recipe builds its model, and each of its parameter groups finds parameters."""
+        recipe = load_recipe(RECIPES / f"{name}.yaml")
+        values = dict(recipe.model.config)
+        if name.endswith("_coco"):
+            released = VARIANTS["convnextB_768" if "_b_" in name else "convnextL_768"]().to_dict()
+            values["vision_config"] = {**released["vision_config"], **values["vision_config"]}
+            values = {**released, **values}
+        elif name == "sed_scenes":
+            clip = yaml.safe_load((RECIPES / "clip_convnext_scenes.yaml").read_text())["model"]
+            values["vision_config"] = {"model_type": "convnext", **clip["vision_config"]}
+            values["text_config"] = clip["text_config"]
+        with torch.device("meta"):
+            model = SEDForOpenVocabularySegmentation(SEDConfig(**values))
+        select_trainable(model, recipe.model.trainable)
+        assert model.trains_text == (name == "sed_tiny_camvid")
+        settings = parameter_settings([n for n, p in model.named_parameters() if p.requires_grad], recipe.optimizer)
+        assert len(set(settings.values())) >= 2
 
 
 def write_open_clip(model: SEDForOpenVocabularySegmentation, folder: Path, safe: bool) -> None:

@@ -16,6 +16,7 @@ from transformers import initialization as init
 from ...conversion import load_converted
 from ...layers.clip_stem import install_clip_stem
 from ...layers.convnext_clip import ConvNextCLIPModel
+from ...layers.convnext_layers import run_convnext_stage
 from ...layers.correlation import correlation
 from ...layers.dense_clip import dense_clip_features
 from ...layers.initialization import init_torch_defaults
@@ -237,7 +238,9 @@ class SEDForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
         return dense, self._guide(maps[-2:0:-1]), tuple(maps)
 
     def _run_stage(self, stage: nn.Module, features: torch.Tensor) -> torch.Tensor:
-        if not (self.gradient_checkpointing and self.training):
+        if not self.training:
+            return run_convnext_stage(stage, features)
+        if not self.gradient_checkpointing:
             return stage(features)
         for part in (*stage.downsampling_layer, *stage.layers):
             features = self._gradient_checkpointing_func(part, features)
