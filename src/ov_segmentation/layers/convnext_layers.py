@@ -9,7 +9,7 @@ from .pieces import in_pieces
 
 
 def run_convnext_stage(stage: nn.Module, features: torch.Tensor) -> torch.Tensor:
-    """A `ConvNextStage` in evaluation mode, the same numbers as its own forward: `[B, C, h, w]` -> `[B, C', h', w']`."""
+    """A `ConvNextStage` in evaluation mode, the same numbers as its own: `[B, C, h, w]` -> `[B, C', h', w']`."""
     for layer in stage.downsampling_layer:
         features = layer(features)
     for layer in stage.layers:
