@@ -6,7 +6,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor, CLIPConfig, CLIPTextConfig
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoProcessor, CLIPTextConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
@@ -93,8 +93,8 @@ def test_auto_classes_resolve_a_folder(folder):
 
 
 def test_other_models_are_refused_and_left_alone(tmp_path):
-    with pytest.raises(ValueError, match=r"CLIPConfig.*AutoModelForOpenVocabularySegmentation"):
-        AutoModelForOpenVocabularySegmentation.from_config(CLIPConfig())
+    with pytest.raises(ValueError, match=r"CLIPTextConfig.*AutoModelForOpenVocabularySegmentation"):
+        AutoModelForOpenVocabularySegmentation.from_config(CLIPTextConfig())
     small = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     text = CLIPTextConfig(**small, vocab_size=8, bos_token_id=6, eos_token_id=7, pad_token_id=0)
     assert type(AutoModel.from_config(text)).__name__ == "CLIPTextModel"
