@@ -128,9 +128,11 @@ def init_mask_proposal_weights(module: nn.Module) -> None:
         if isinstance(module.input_projection, nn.Conv2d):
             _init_convolution(module.input_projection)
         init.normal_(module.query_embedding.weight)
-        for part in module.layers.modules():
+        for name, part in module.layers.named_modules():
             if isinstance(part, nn.Linear):
-                init.xavier_uniform_(part.weight)
+                # the originals keep queries, keys and values in one matrix, which makes Xavier's bound smaller
+                packed = name.endswith(("q_proj", "k_proj", "v_proj"))
+                init.xavier_uniform_(part.weight, gain=0.5**0.5 if packed else 1.0)
                 init.zeros_(part.bias)
     elif isinstance(module, MLP):
         module.init_weights()
