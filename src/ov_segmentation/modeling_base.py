@@ -171,11 +171,14 @@ class OpenVocabularySegmentationModel(FromCLIPMixin, PreTrainedModel):
             raise TypeError(
                 f"{type(self).__name__} does not take {', '.join(unknown)}. Its switches: {', '.join(sorted(known))}."
             )
-        values = {name: given.get(name, FROM_CONFIG) for name in known}
-        return {
-            name: getattr(self.config, name) if isinstance(value, str) and value == FROM_CONFIG else value
-            for name, value in values.items()
-        }
+        return {name: self._switch_value(name, given.get(name, FROM_CONFIG)) for name in known}
+
+    def _switch_value(self, name: str, given: Any) -> Any:
+        """The value given, or the config's; in training its `train_<name>`, where there is one."""
+        if not (isinstance(given, str) and given == FROM_CONFIG):
+            return given
+        in_training = f"train_{name}"
+        return getattr(self.config, in_training if self.training and hasattr(self.config, in_training) else name)
 
     def encode_image(
         self,

@@ -23,7 +23,7 @@ from ...layers.model_views import make_model_views
 from ...layers.projected_skip import ProjectedSkip
 from ...layers.upsampling import GuidedUpsampling, PreparedUpsampling
 from ...losses_per_class import per_class_cross_entropy
-from ...modeling_base import FROM_CONFIG, OpenVocabularySegmentationModel
+from ...modeling_base import OpenVocabularySegmentationModel
 from ...modeling_outputs import ImageState, OpenVocabularySegmentationOutput
 from .configuration_cat_seg import CATSegConfig
 
@@ -155,12 +155,6 @@ class CATSegForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
         """Train CLIP as `config.clip_finetune` says, and everything else."""
         self.requires_grad_(True)
         set_trained_clip_parameters(self.clip, self.config.clip_finetune, self.config.clip_stem is not None)
-
-    def _resolve_switches(self, given: dict[str, Any], known: frozenset[str]) -> dict[str, Any]:
-        name = "class_attention_pooling"
-        if self.training and name in known and given.get(name, FROM_CONFIG) == FROM_CONFIG:
-            given = {**given, name: self.config.train_class_attention_pooling}
-        return super()._resolve_switches(given, known)
 
     # ------------------------------------------------------------------ picture side
 

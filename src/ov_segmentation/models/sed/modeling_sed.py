@@ -23,7 +23,7 @@ from ...layers.initialization import init_torch_defaults
 from ...layers.picture_stretching import stretch_pictures
 from ...layers.sliding_window import cut_views, resize, split_pictures, view_boxes
 from ...losses_per_class import per_class_cross_entropy
-from ...modeling_base import FROM_CONFIG, OpenVocabularySegmentationModel
+from ...modeling_base import OpenVocabularySegmentationModel
 from ...modeling_outputs import ImageState, OpenVocabularySegmentationOutput
 from .blocks import LargeKernelBlock
 from .configuration_sed import SEDConfig
@@ -147,12 +147,6 @@ class SEDForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
             stages, norm = self.vision_model.encoder.stages[-trained:], self.vision_model.layernorm
         for part in (*stages, norm):
             part.requires_grad_(True)
-
-    def _resolve_switches(self, given: dict[str, Any], known: frozenset[str]) -> dict[str, Any]:
-        name = "class_attention_pooling"
-        if self.training and name in known and given.get(name, FROM_CONFIG) == FROM_CONFIG:
-            given = {**given, name: self.config.train_class_attention_pooling}
-        return super()._resolve_switches(given, known)
 
     def set_attn_implementation(self, attn_implementation: str | dict, *args: Any, **kwargs: Any) -> None:
         """Set it for the parts that have attention: a ConvNeXt has none and would refuse."""
