@@ -153,14 +153,16 @@ class TestESCNet(ModelTesterMixin, FromCLIPTesterMixin, PipelineTesterMixin):
         sizes: list[int] = []
         modules = [model.cost_embedding, *model.decoder, model.head]
         for block in model.blocks:
-            modules += [block.sam, block.refinement, block.spatial, block.classes]
+            modules += [block.sam, block.refinement, block.classes]
+            # the guided Swin blocks take `[pictures, classes, positions, C]`
+            block.spatial.register_forward_pre_hook(lambda _, args: sizes.append(args[0].shape[:2].numel()))
         for module in modules:
             module.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
         outputs = model(**self.pictures(2), text_embeds=self.text(model, 200), **limit)
         assert outputs.logits.shape[:2] == (2, 200)
         used = 400 if outputs.kept_classes is None else int(outputs.kept_classes.sum())
         assert max(sizes) == min(40, used)
-        assert sum(sizes) == len(modules) * used
+        assert sum(sizes) == (len(modules) + len(model.blocks)) * used
 
     @torch.no_grad()
     def test_early_rejection_leaves_the_others_unchanged(self) -> None:
