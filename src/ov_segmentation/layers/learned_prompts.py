@@ -50,6 +50,21 @@ class LearnedPrompt(nn.Module):
         return projection(_run_text_model(text_model, embeds)[rows, ends])
 
 
+class LearnedPromptMixin:
+    """The text side of a model whose `text_prompt` is a `LearnedPrompt`, or None: then templates are all there is."""
+
+    text_prompt: LearnedPrompt | None
+
+    def _text_parameters(self) -> list[nn.Parameter]:
+        own = [] if self.text_prompt is None else [self.text_prompt.context]
+        return super()._text_parameters() + own
+
+    def _text_features(self, input_ids: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+        if self.text_prompt is None:
+            return super()._text_features(input_ids, ends)
+        return self.text_prompt.encode(*self.text_tower, input_ids, ends)
+
+
 def _run_text_model(text_model: CLIPTextModel, inputs_embeds: torch.Tensor) -> torch.Tensor:
     """`CLIPTextModel.forward` from token embeddings `[n, l, W]` on, which it does not offer itself."""
     hidden = text_model.embeddings(inputs_embeds=inputs_embeds)

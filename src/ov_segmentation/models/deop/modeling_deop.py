@@ -14,7 +14,7 @@ from transformers import initialization as init
 
 from ...layers.heatmaps import HeatmapDecoder, pool_by_masks
 from ...layers.initialization import init_torch_defaults
-from ...layers.learned_prompts import LearnedPrompt
+from ...layers.learned_prompts import LearnedPrompt, LearnedPromptMixin
 from ...layers.maskformer import MaskProposalNetwork, MaskProposals, init_mask_proposal_weights
 from ...layers.picture_stretching import stretch_pictures
 from ...layers.sliding_window import cut_views, split_pictures, view_boxes
@@ -49,7 +49,7 @@ class DeOPImageState(ImageState):
     pixel_values: torch.Tensor | None = None
 
 
-class DeOPForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
+class DeOPForOpenVocabularySegmentation(LearnedPromptMixin, OpenVocabularySegmentationModel):
     """DeOP (Han et al., 2023). `maps`: "heatmaps" `[B, heads, N, gh, gw]` and "clip_map" `[B, D, gh, gw]`.
 
     With `proposals="none"` the outputs are `logits` `[B, K, gh, gw]`, 100 x the cosine of each patch, to be softmaxed.
@@ -193,17 +193,6 @@ class DeOPForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
                 init_torch_defaults(part)
             if "attn" in name or name.endswith("_projection"):
                 init.zeros_(part.bias)
-
-    # ------------------------------------------------------------------ text side
-
-    def _text_parameters(self) -> list[nn.Parameter]:
-        own = [] if self.text_prompt is None else [self.text_prompt.context]
-        return super()._text_parameters() + own
-
-    def _text_features(self, input_ids: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-        if self.text_prompt is None:
-            return super()._text_features(input_ids, ends)
-        return self.text_prompt.encode(*self.text_tower, input_ids, ends)
 
     # ------------------------------------------------------------------ picture side
 

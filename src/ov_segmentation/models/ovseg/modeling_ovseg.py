@@ -16,7 +16,7 @@ from transformers import initialization as init
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from ...conversion_maskformer import load_backbone_weights
-from ...layers.learned_prompts import LearnedPrompt
+from ...layers.learned_prompts import LearnedPrompt, LearnedPromptMixin
 from ...layers.mask_crops import crop_for_clip, mask_boxes
 from ...layers.mask_prompts import DeepPrompts, MaskPrompts, encode_crops
 from ...layers.maskformer import MaskProposalNetwork, MaskProposals, init_mask_proposal_weights
@@ -46,7 +46,7 @@ class OVSegImageState(ImageState):
     auxiliary: list[MaskProposals] | None = None
 
 
-class OVSegForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
+class OVSegForOpenVocabularySegmentation(LearnedPromptMixin, OpenVocabularySegmentationModel):
     """OVSeg (Liang et al., 2023); with `prompt_type="none"` SimBaseline (Xu et al., 2022)."""
 
     config: OVSegConfig
@@ -150,15 +150,6 @@ class OVSegForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
             init.normal_(module.context, std=0.02)
         elif module is self:
             init.normal_(self.no_object_embedding, std=self.config.clip_config.text_config.hidden_size**-0.5)
-
-    def _text_parameters(self) -> list[nn.Parameter]:
-        own = [] if self.text_prompt is None else [self.text_prompt.context]
-        return super()._text_parameters() + own
-
-    def _text_features(self, input_ids: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-        if self.text_prompt is None:
-            return super()._text_features(input_ids, ends)
-        return self.text_prompt.encode(*self.text_tower, input_ids, ends)
 
     # ------------------------------------------------------------------ picture side
 
