@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import shutil
+import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,6 +38,14 @@ def main(model_type: str, arguments: Sequence[str] | None = None) -> None:
         api.create_repo(options.push_to_hub, exist_ok=True)
         api.upload_folder(repo_id=options.push_to_hub, folder_path=options.output)
         print(f"Uploaded to {options.push_to_hub}")
+
+
+def run(model_type: str) -> None:
+    """`main` for scripts: what is wrong with a file is a message, which a traceback would bury."""
+    try:
+        main(model_type)
+    except (ConversionError, FileNotFoundError) as error:
+        sys.exit(f"{type(error).__name__}: {error}")
 
 
 def _parser(method: Method, rules: ModuleType) -> argparse.ArgumentParser:

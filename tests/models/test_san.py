@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -316,3 +319,12 @@ class TestSANConversion(ConversionTesterMixin):
         hub = ["--tokenizer", str(tmp_path / "tokenizer"), "--push-to-hub", "somebody/san"]
         conversion_cli.main("san", [*self.arguments(tmp_path), *hub])
         assert calls == ["somebody/san", {"repo_id": "somebody/san", "folder_path": tmp_path / "out"}]
+
+
+def test_the_script_says_what_is_wrong_without_a_traceback(tmp_path: Path) -> None:
+    root = Path(__file__).resolve().parents[2]
+    script = [sys.executable, str(root / "conversion" / "convert_san.py"), "--checkpoint", "nowhere.pth", "--output"]
+    environment = {**os.environ, "PYTHONPATH": str(root / "src")}
+    done = subprocess.run([*script, str(tmp_path)], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "There is no checkpoint nowhere.pth." in done.stderr and "Traceback" not in done.stderr
