@@ -11,6 +11,7 @@ DATA = ["accelerate>=1.10", "datasets>=4.0"]
 EXTRAS = {
     "train": [*DATA, "pyyaml>=6.0", "scipy>=1.11", "tensorboard>=2.16"],
     "eval": [*DATA, "evaluate>=0.4.3", "scipy>=1.11"],
+    "lora": ["peft>=0.17"],
     "mining": [*DATA, "textblob>=0.18"],
     "demo": [],  # inference is enough
 }
@@ -32,10 +33,11 @@ setup(
     license="Apache-2.0",
     package_dir={"": "src"},
     packages=find_packages("src"),
-    package_data={"ov_segmentation": ["vocabularies/*.json", "data/*.json"]},
+    package_data={"ov_segmentation": ["vocabularies/*.json", "data/*.json", "cards/*.md"]},
     python_requires=">=3.10",
     install_requires=[
         "huggingface_hub>=2.0",
+        "jinja2>=3.1",
         "numpy>=1.26",
         "pillow>=10.1",
         "safetensors>=0.5",
@@ -43,4 +45,5 @@ setup(
         "transformers>=5.23,<5.24",
     ],
     extras_require=EXTRAS,
+    entry_points={"console_scripts": ["ov-segment=ov_segmentation.cli:main"]},
 )

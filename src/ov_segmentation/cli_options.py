@@ -1,0 +1,77 @@
+"""What the commands that segment pictures have in common: class names, background, threshold, inference switches."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig
+
+from .vocabulary import BENCHMARKS, Vocabulary, split_names
+
+
+def add_label_options(parser: argparse.ArgumentParser) -> None:
+    """Beside `--model`: `--labels` or `--vocabulary`, one of which has to be given, and what else a call takes."""
+    names = parser.add_mutually_exclusive_group(required=True)
+    names.add_argument("--labels", help="class names, separated by commas")
+    names.add_argument(
+        "--vocabulary",
+        metavar="FILE-OR-NAME",
+        help=f"JSON list of class names (a list inside: synonyms), or one of {', '.join(BENCHMARKS)}",
+    )
+    parser.add_argument(
+        "--background", nargs="+", metavar="NAME", help="labels folded into one, and no_object: the method's own"
+    )
+    parser.add_argument("--threshold", type=float, help="confidence (0 to 1) below which a pixel is unlabelled")
+    parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="inference switches, JSON values")
+
+
+def vocabulary_of(options: argparse.Namespace) -> Vocabulary:
+    """The class names that the command line asks for.
+
+    Raises:
+        FileNotFoundError: no such file or packaged vocabulary.
+        ValueError: names that cannot be used, a threshold out of range.
+    """
+    if options.threshold is not None and not 0 <= options.threshold <= 1:
+        raise ValueError(
+            f"--threshold is compared with confidences, which are between 0 and 1; got {options.threshold}."
+        )
+    if options.labels is not None:
+        return Vocabulary(split_names(options.labels))
+    if options.vocabulary in BENCHMARKS:
+        method = AutoConfig.from_pretrained(options.model).model_type
+        return Vocabulary.from_benchmark(options.vocabulary, "deop" if method == "clip" else method)
+    file = Path(options.vocabulary)
+    if not file.is_file():
+        raise FileNotFoundError(
+            f"--vocabulary {options.vocabulary!r} is neither a file nor a packaged one ({', '.join(BENCHMARKS)})."
+        )
+    try:
+        names = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is no JSON: {error}") from error
+    if not isinstance(names, list):
+        raise ValueError(f"{file} must hold a JSON list of class names in index order, got {type(names).__name__}.")
+    return Vocabulary(names)
+
+
+def parse_switches(entries: Sequence[str]) -> dict[str, Any]:
+    """Inference switches from `NAME=VALUE` entries; the values are JSON, or none.
+
+    Raises:
+        ValueError: no such form.
+    """
+    switches = {}
+    for entry in entries:
+        name, equals, value = entry.partition("=")
+        if not equals:
+            raise ValueError(f"--set takes NAME=VALUE, got {entry!r}.")
+        try:
+            switches[name] = None if value.lower() == "none" else json.loads(value)
+        except json.JSONDecodeError:
+            raise ValueError(f"The value of --set {entry!r} is no number, true, false or none.") from None
+    return switches
