@@ -7,6 +7,7 @@ Several CPU processes: `ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 exam
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
 import sys
 from collections.abc import Sequence
@@ -33,6 +34,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="change the recipe: optimizer.lr=1e-4",
     )
     parser.add_argument(
+        "--trainable",
+        nargs="+",
+        metavar="PART",
+        help="the same as --set model.trainable=[PART, ...]: method, adapter, prompts, attention, lora, all",
+    )
+    parser.add_argument(
         "--resume",
         choices=("auto", "never"),
         default="auto",
@@ -40,6 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     options = parser.parse_args(arguments)
     # without --output: where a run lies changes nothing about it
+    if options.trainable:
+        options.set.append(f"model.trainable={json.dumps(options.trainable)}")
     changes = ["--set", *options.set] if options.set else []
     command = shlex.join(["accelerate", "launch", "examples/train.py", "--recipe", str(options.recipe), *changes])
     try:

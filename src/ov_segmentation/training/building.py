@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from ..strict_mapping import RecipeError, unknown_key
 from ..vocabulary import Vocabulary
 from .randomness import INITIALISATION, derive_seed
 from .recipe import ModelRecipe, ProcessorRecipe, Recipe
+from .trainable import select_trainable
 
 WORDS = "words"
 
@@ -34,7 +34,9 @@ def build_model_and_processor(recipe: Recipe, vocabularies: list[Vocabulary]) ->
         method = find_method(recipe.model.model_type)
         processor = _new_processor(method, recipe, vocabularies)
         model = _around_clip(method, recipe.model) if recipe.model.from_clip else _random(method, recipe, processor)
-    select_trainable(model, recipe.model.trainable)
+    # a stream of its own: what was drawn before depends on where the weights come from
+    torch.manual_seed(derive_seed(recipe.seed, INITIALISATION, 1))
+    select_trainable(model, recipe.model.trainable, recipe.model.lora)
     if recipe.model.activation_checkpointing:
         model.activation_checkpointing_enable()
     return model, processor
@@ -46,31 +48,6 @@ def find_method(model_type: str) -> Method:
     if model_type not in methods:
         raise RecipeError(unknown_key(f"model.model_type: {model_type}", model_type, methods))
     return methods[model_type]
-
-
-def select_trainable(model: nn.Module, trainable: str | list[str]) -> None:
-    """Set `requires_grad` of every parameter; see `ModelRecipe.trainable`.
-
-    Raises:
-        RecipeError: an expression that finds no parameter, or an invalid one.
-    """
-    if trainable == "method":
-        return
-    if trainable == "all":
-        model.requires_grad_(True)
-        return
-    names = [name for name, _ in model.named_parameters()]
-    for pattern in trainable:
-        try:
-            found = any(re.search(pattern, name) for name in names)
-        except re.error as error:
-            raise RecipeError(f"model.trainable: {pattern!r} is no regular expression: {error}.") from error
-        if not found:
-            raise RecipeError(
-                f"model.trainable: {pattern!r} finds none of the {len(names)} parameters ({names[0]}, ...)."
-            )
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(any(re.search(pattern, name) for pattern in trainable))
 
 
 def trainable_parameters(model: nn.Module) -> int:

@@ -118,10 +118,6 @@ class CheckpointStore:
                 f"start the same command again: it continues from the one before."
             ) from error
 
-    def weights(self, step: int) -> dict[str, torch.Tensor]:
-        """The model's weights after `step` optimizer steps."""
-        return load_file(self.path(step) / WEIGHTS)
-
     def remove_temporary(self) -> None:
         """Delete what a killed process left half written."""
         if self.folder.is_dir():

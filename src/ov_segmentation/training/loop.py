@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..data.augmentation import build_augmentations
@@ -12,8 +13,11 @@ from ..data.datasets import load_segmentation_data
 from ..data.labelled_pictures import LabelledPictures, SegmentationData
 from ..data.regions import RegionPictures
 from ..evaluation.prediction import evaluate
+from ..strict_mapping import RecipeError
 from .building import build_model_and_processor
 from .data_loading import BatchMaker, TrainingSamples
+from .lora import LoRARecipe, merge_lora
+from .randomness import HOLDOUT, derive_generator
 from .recipe import DataRecipe, Recipe
 from .run import Terminated, TrainingRun
 
@@ -48,12 +52,12 @@ class SegmentationRun(TrainingRun):
         """Load the data; build model and processor."""
         recipe = self.recipe
         data = load_data(recipe.data, recipe.model.model_type)
-        self.evaluation_pictures = self._evaluation_pictures(data)
+        self.pictures, held_out = training_pictures(data, recipe.data, recipe.seed)
+        self.evaluation_pictures = self._evaluation_pictures(data) if held_out is None else held_out
         self.evaluates = self.evaluation_pictures is not None
         vocabularies = [data.vocabulary, *([p.data.vocabulary] if (p := self.evaluation_pictures) else [])]
         self.model, self.processor = build_model_and_processor(recipe, vocabularies)
         self.trained = self.model
-        self.pictures = data.split(recipe.data.train_split)
         if recipe.data.regions_per_class is not None:
             self.pictures = RegionPictures(self.pictures, recipe.data.regions_per_class, recipe.seed)
         self.samples = TrainingSamples(self.pictures, build_augmentations(recipe.augmentation), recipe.seed)
@@ -64,9 +68,17 @@ class SegmentationRun(TrainingRun):
         text = self.processor(text=self.pictures.data.vocabulary, return_tensors="pt").to(self.accelerator.device)
         return dict(text) if self.model.trains_text else {"text_embeds": self.model.encode_vocabulary(**text)}
 
+    def exported_weights(self, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Low-rank updates are merged: what is exported needs no peft."""
+        return merge_lora(weights, (self.recipe.model.lora or LoRARecipe()).scaling)
+
     def describe_data(self) -> str:
         """Numbers of pictures and classes."""
         return f"{len(self.pictures):,} pictures of {len(self.pictures.data.vocabulary)} classes"
+
+    def class_names_shown(self) -> list[str]:
+        """The training data's."""
+        return list(self.pictures.data.vocabulary.labels)
 
     def evaluate(self) -> dict[str, Any]:
         """Mean IoU and its parts on the evaluation split."""
@@ -87,6 +99,25 @@ class SegmentationRun(TrainingRun):
             data = load_data(recipe.data, self.recipe.model.model_type)
         split = (recipe.data or self.recipe.data).eval_split
         return None if split is None else data.split(split, recipe.max_samples)
+
+
+def training_pictures(
+    data: SegmentationData, recipe: DataRecipe, seed: int
+) -> tuple[LabelledPictures, LabelledPictures | None]:
+    """What is trained on, and what is held out of it for evaluation (None: nothing).
+
+    Raises:
+        RecipeError: nothing would be left to train on.
+    """
+    pictures = data.split(recipe.train_split)
+    if recipe.train_samples is not None and recipe.train_samples < len(pictures):
+        pictures = pictures.select(np.linspace(0, len(pictures) - 1, recipe.train_samples).round().astype(int))
+    if recipe.holdout is None:
+        return pictures, None
+    if recipe.holdout >= len(pictures):
+        raise RecipeError(f"data.holdout: {recipe.holdout} of {len(pictures)} pictures leave none to train on.")
+    order = derive_generator(seed, HOLDOUT).permutation(len(pictures))
+    return pictures.select(np.sort(order[recipe.holdout :])), pictures.select(np.sort(order[: recipe.holdout]))
 
 
 def load_data(recipe: DataRecipe, protocol: str | None) -> SegmentationData:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-INITIALISATION, ORDER, AUGMENTATION, LOSS, DROPOUT = range(5)
+INITIALISATION, ORDER, AUGMENTATION, LOSS, DROPOUT, HOLDOUT = range(6)
 """Streams: independent sequences under one seed."""
 
 

@@ -17,6 +17,10 @@ from typing import Any, Literal
 import yaml
 
 from ..strict_mapping import RecipeError, from_mapping, override
+from .lora import LoRARecipe
+
+# Fields that came later: recipes that do not use them keep their values and their hash.
+LEFT_OUT = {"left_out_when_none": True}
 
 
 @dataclass(frozen=True)
@@ -30,8 +34,12 @@ class ModelRecipe:
         model_type: the method (`san`, `sed`, ...); with neither of the above: random weights.
         config: configuration fields that differ from the defaults; nested.
         attention: attention implementation; training small models on a CPU, "eager" is twice as fast as "sdpa".
-        trainable: "method" trains what the method's `freeze_pretrained` leaves trainable, "all" everything, a list of
-            regular expressions the parameters whose names one of them finds (`re.search`).
+        trainable: what is trained: "method", what the method's `freeze_pretrained` leaves trainable, as its paper does;
+            "adapter", what the method adds to CLIP; "prompts", learned tokens; "attention", weights of query and value
+            projections; "lora", low-rank updates, merged into the weights at the end; "all", everything that the loss
+            reaches. Or a list of these and of regular expressions, which stand for the parameters whose names they find
+            (`re.search`). Not every method has every one; a message names those that it has.
+        lora: rank and place of the low-rank updates; None: rank 8 in the method's usual places.
         activation_checkpointing: recompute activations in the backward pass to save memory.
     """
 
@@ -41,8 +49,9 @@ class ModelRecipe:
     model_type: str | None = None
     config: dict[str, Any] = field(default_factory=dict)
     attention: Literal["eager", "sdpa"] | None = None
-    trainable: Literal["method", "all"] | list[str] = "method"
+    trainable: Literal["method", "adapter", "prompts", "attention", "lora", "all"] | list[str] = "method"
     activation_checkpointing: bool = False
+    lora: LoRARecipe | None = field(default=None, metadata=LEFT_OUT)
 
     def __post_init__(self) -> None:
         if self.from_pretrained is not None and (self.from_clip or self.model_type):
@@ -88,6 +97,9 @@ class DataRecipe:
         reduce_labels: id 0 is ignored and every other id is lowered by one (ADE20K's files).
         regions_per_class: train on so many regions of each class, cut out, in place of whole pictures; see
             `ov_segmentation.data.regions`.
+        train_samples: train on so many pictures of the split only, evenly spaced; None: on all.
+        holdout: for data sets with one split: so many of its pictures, drawn by the seed, are not trained on but are
+            what `eval_split` would be; that has to be null then.
     """
 
     name: str
@@ -101,6 +113,18 @@ class DataRecipe:
     ignore_index: int | list[int] | None = None
     reduce_labels: bool = False
     regions_per_class: int | None = None
+    train_samples: int | None = field(default=None, metadata=LEFT_OUT)
+    holdout: int | None = field(default=None, metadata=LEFT_OUT)
+
+    def __post_init__(self) -> None:
+        for name in ("train_samples", "holdout"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise RecipeError(f"data.{name} must be at least 1 or null, got {value}.")
+        if self.holdout is not None and self.eval_split is not None:
+            raise RecipeError(
+                f"data.holdout takes {self.holdout} pictures of the training split for evaluation, but data.eval_split "
+                f"is {self.eval_split!r}: set it to null, or leave holdout out."
+            )
 
 
 @dataclass(frozen=True)
@@ -153,6 +177,8 @@ class EvaluationRecipe:
         averaging: rule of the mean IoU, see `ov_segmentation.metrics.ConfusionMatrix.compute`.
         patience: stop after so many evaluations without a better mean IoU; None: never.
         data: another data set (and vocabulary) to evaluate on; None: that of training.
+        at_start: evaluate before the first step too, so that what training gains is known, and a training that gains
+            nothing exports what it began with (`export.weights` "best").
     """
 
     interval: int = 5000
@@ -160,6 +186,7 @@ class EvaluationRecipe:
     averaging: Literal["ground_truth", "union"] = "ground_truth"
     patience: int | None = None
     data: DataRecipe | None = None
+    at_start: bool | None = field(default=None, metadata=LEFT_OUT)
 
 
 @dataclass(frozen=True)
@@ -234,6 +261,8 @@ class Recipe:
                 f"batch_size {self.batch_size} must be a multiple of accumulation {self.accumulation}: it counts the "
                 f"pictures of a whole optimizer step."
             )
+        if self.data.holdout is not None and self.evaluation.data is not None:
+            raise RecipeError("data.holdout and evaluation.data both say what to evaluate on: leave one out.")
         if self.evaluation.patience is not None and self.evaluation.patience < 1:
             raise RecipeError(f"evaluation.patience must be at least 1 or null, got {self.evaluation.patience}.")
 
@@ -268,7 +297,17 @@ def read_recipe(path: str | Path, assignments: Sequence[str] = ()) -> Any:
 
 def recipe_values(recipe: Recipe) -> dict[str, Any]:
     """The recipe as plain JSON values, defaults included."""
-    return json.loads(json.dumps(dataclasses.asdict(recipe)))
+    return json.loads(json.dumps(_values(recipe)))
+
+
+def _values(value: Any) -> Any:
+    if not dataclasses.is_dataclass(value):
+        return [_values(item) for item in value] if isinstance(value, (list, tuple)) else value
+    return {
+        field.name: _values(getattr(value, field.name))
+        for field in dataclasses.fields(value)
+        if not (field.metadata == LEFT_OUT and getattr(value, field.name) is None)
+    }
 
 
 def recipe_hash(recipe: Recipe) -> str:

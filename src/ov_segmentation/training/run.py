@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
 from accelerate.utils import GradientAccumulationPlugin, broadcast_object_list
 from torch import nn
 from torch.utils.data import Dataset
@@ -31,6 +31,7 @@ from .exporting import export_model
 from .optimization import build_optimizer, learning_rate_factor, set_learning_rates
 from .randomness import seed_step
 from .run_folder import RunFolder
+from .sharding import make_shardable, whole_weights
 from .trackers import JSONLinesTracker, build_trackers
 
 TERMINATED = 128 + signal.SIGTERM
@@ -77,6 +78,8 @@ class TrainingRun:
             kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
         )
         accelerator = self.accelerator
+        if accelerator.distributed_type == DistributedType.DEEPSPEED:
+            accelerator.state.deepspeed_plugin.deepspeed_config |= deepspeed_values(recipe, accelerator.num_processes)
         self.folder = RunFolder(output)
         self.store = CheckpointStore(output / "checkpoints", recipe.checkpoint.total_limit)
         self._on_main(lambda: self.folder.claim(recipe, resume))
@@ -84,13 +87,17 @@ class TrainingRun:
 
         self.prepare()
         self.trained.train()
+        self.trained.to(accelerator.device)
+        self.constants = self.constant_inputs()  # before the weights are shared out
+        if accelerator.distributed_type == DistributedType.FSDP:
+            make_shardable(self.trained)
         optimizer = build_optimizer(self.trained, recipe.optimizer)
         self.wrapped, self.optimizer = accelerator.prepare(self.trained, optimizer)
         self.state = TrainingState()
         done = self.store.steps()
+        self.continues = bool(done)
         if done:
             self.state = self.store.load(accelerator, self.wrapped, self.optimizer, done[-1])
-        self.constants = self.constant_inputs()
         self._start_trackers()
         self._say(
             f"{type(self.model).__name__}: {trainable_parameters(self.trained):,} of "
@@ -114,6 +121,10 @@ class TrainingRun:
         """What is trained on, for the first line that is printed."""
         raise NotImplementedError
 
+    def class_names_shown(self) -> list[str]:
+        """The names that training showed, for the card."""
+        return []
+
     def after_step(self) -> None:
         """Called after each optimizer step."""
 
@@ -129,7 +140,7 @@ class TrainingRun:
 
     def execute(self, command: str) -> dict[str, Any]:
         """Train what is left to train, export; `command`: shell command, recorded in the exported weights."""
-        with _termination_flag() as terminated:
+        with termination_flag() as terminated:
             self.train(terminated)
         return self.finish(command)
 
@@ -139,6 +150,10 @@ class TrainingRun:
         batches = self._batches()
         self._clock = time.monotonic(), time.process_time()
         hidden = not self.accelerator.is_local_main_process
+        if state.step == 0 and self.evaluates and recipe.evaluation.at_start and state.best_score is None:
+            self._evaluate()
+            self._tick()
+            self.store.save(self.accelerator, self.wrapped, self.optimizer, state)
         with tqdm(total=recipe.steps, initial=state.step, desc="training", unit="step", disable=hidden) as bar:
             while state.step < recipe.steps and not self._stopped_early():
                 self._optimizer_step(batches)
@@ -174,10 +189,15 @@ class TrainingRun:
             "exported_step": wanted,
             "trainable_parameters": trainable_parameters(self.trained),
             "processes": self.accelerator.num_processes,
+            **{
+                f"initial_{name}": value
+                for name, value in self.folder.evaluation_of(0).items()
+                if name == self.score_name
+            },
             **self.folder.evaluation_of(wanted),
         }
         if wanted != state.step:
-            self.trained.load_state_dict(self.store.weights(wanted))
+            self.store.load(self.accelerator, self.wrapped, self.optimizer, wanted)
         weights = self.exported_weights(self.accelerator.get_state_dict(self.wrapped))
         self._on_main(
             lambda: export_model(
@@ -187,6 +207,8 @@ class TrainingRun:
                 self.processor,
                 recipe,
                 {**result, **self.code, "command": command},
+                class_names=self.class_names_shown(),
+                data=self.describe_data(),
             )
         )
         self._on_main(lambda: self.folder.write_result(result))
@@ -233,7 +255,8 @@ class TrainingRun:
                     figures[name] = figures.get(name, 0) + value.detach().double() / recipe.accumulation
                 if accelerator.sync_gradients and recipe.clip_grad_norm is not None:
                     norm = accelerator.clip_grad_norm_(self.wrapped.parameters(), recipe.clip_grad_norm)
-                    figures["grad_norm"] = norm.detach().double()
+                    if norm is not None:  # DeepSpeed clips by itself and tells nobody
+                        figures["grad_norm"] = norm.detach().double()
                 self.optimizer.step()
                 self.optimizer.zero_grad()
         self.after_step()
@@ -265,7 +288,8 @@ class TrainingRun:
     def _evaluate(self) -> bool:
         """Evaluate and log; whether the score is the best so far."""
         state, started = self.state, time.monotonic()
-        figures = self.evaluate()
+        with whole_weights(self.wrapped):
+            figures = self.evaluate()
         score = figures[self.score_name]
         self._track({f"evaluation/{name}": value for name, value in figures.items()})
         self._say(f"step {state.step}: {self.score_name} {score:.4f} ({time.monotonic() - started:.0f} s)")
@@ -282,7 +306,7 @@ class TrainingRun:
 
     def _start_trackers(self) -> None:
         folder = self.folder.path
-        log_with, options = build_trackers(self.recipe.trackers, folder, self.state.step)
+        log_with, options = build_trackers(self.recipe.trackers, folder, self.state.step if self.continues else None)
         # accelerate wants them at construction, when the step to continue from is not known yet
         self.accelerator.log_with = log_with
         self.accelerator.project_configuration.set_directories(str(folder))
@@ -319,8 +343,18 @@ class TrainingRun:
             tqdm.write(message)
 
 
+def deepspeed_values(recipe: Any, processes: int) -> dict[str, Any]:
+    """What DeepSpeed's configuration has to say for the recipe to count, where accelerate asks a data loader."""
+    return {
+        "train_micro_batch_size_per_gpu": recipe.batch_size // (recipe.accumulation * processes),
+        "gradient_accumulation_steps": recipe.accumulation,
+        # none is written as zero
+        "gradient_clipping": recipe.clip_grad_norm or 0.0,
+    }
+
+
 @contextlib.contextmanager
-def _termination_flag() -> Iterable[list[bool]]:
+def termination_flag() -> Iterable[list[bool]]:
     """A one-element list that becomes [True] when SIGTERM arrives; the handler before it is put back at the end."""
     flag = [False]
 

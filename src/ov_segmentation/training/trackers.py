@@ -20,17 +20,17 @@ class JSONLinesTracker(GeneralTracker):
 
     Args:
         path: the file.
-        last_step: step of the checkpoint that the run continues from (0: none). Later lines, left by a run that died
+        last_step: step of the checkpoint that the run continues from (None: none). Later lines, left by a run that died
             after that checkpoint, are cut off, and so is a line that was written by half.
     """
 
     name = "json_lines"
     requires_logging_directory = False
 
-    def __init__(self, path: str | Path, last_step: int = 0) -> None:
+    def __init__(self, path: str | Path, last_step: int | None = None) -> None:
         super().__init__()
         self.path = Path(path)
-        self.last_step = last_step
+        self.last_step = -1 if last_step is None else last_step
 
     @on_main_process
     def start(self) -> None:
@@ -64,7 +64,9 @@ def read_log(path: str | Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def build_trackers(names: list[str], folder: Path, last_step: int) -> tuple[list[Any], dict[str, dict[str, Any]]]:
+def build_trackers(
+    names: list[str], folder: Path, last_step: int | None
+) -> tuple[list[Any], dict[str, dict[str, Any]]]:
     """What accelerate's `log_with` and `init_trackers(init_kwargs=)` take.
 
     Raises:
