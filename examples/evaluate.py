@@ -24,12 +24,13 @@ from tqdm import tqdm
 from transformers import AutoProcessor
 
 from ov_segmentation import AutoModelForOpenVocabularySegmentation, Vocabulary, ledger
+from ov_segmentation.cli_options import parse_switches
 from ov_segmentation.data.benchmarks import METHODS, EvaluationProtocol
 from ov_segmentation.data.label_sets import label_sets
 from ov_segmentation.evaluation.data import load_benchmark, locate
 from ov_segmentation.evaluation.oracle import ORACLES
 from ov_segmentation.evaluation.report import build_report, summary, write_report
-from ov_segmentation.evaluation.runner import PLAIN, count_pixels
+from ov_segmentation.evaluation.runner import PLAIN, count_pixels, weights_digest
 from ov_segmentation.evaluation.similarity import label_set_similarity
 from ov_segmentation.evaluation.state import EvaluationError
 from ov_segmentation.metrics import Averaging
@@ -50,6 +51,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--split", help="default: validation")
     parser.add_argument("--ignore-index", type=int, nargs="+", default=[], help="of a data set of yours")
     parser.add_argument("--oracle", nargs="+", choices=ORACLES, default=[], help="also with perfect masks or names")
+    parser.add_argument("--proposal-recall", action="store_true", help="also the share of regions that proposals fit")
     parser.add_argument("--similarity", action="store_true", help="also the distance of the names to COCO-Stuff's")
     parser.add_argument("--streaming", action="store_true", help="read the data set while going")
     parser.add_argument("--max-samples", type=int, help="only the first so many pictures")
@@ -68,14 +70,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     try:
         run(options)
-    except (EvaluationError, ValueError, FileNotFoundError) as error:
+    except (EvaluationError, ValueError, OSError) as error:
         # the message says what to do; a traceback would bury it
         sys.exit(f"{type(error).__name__}: {error}")
 
 
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Evaluate on every benchmark of the command line; the reports."""
-    switches = dict(_switch(entry) for entry in options.set)
+    switches = parse_switches(options.set)
     names = None if options.vocabulary is None else json.loads(options.vocabulary.read_text(encoding="utf-8"))
     accelerator = Accelerator()
     model = AutoModelForOpenVocabularySegmentation.from_pretrained(options.model, dtype=torch.float32)
@@ -108,6 +110,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
             folder,
             place=place,
             oracles=options.oracle,
+            proposal_recall=options.proposal_recall,
             streaming=options.streaming,
             max_samples=options.max_samples,
             num_workers=options.num_workers,
@@ -131,7 +134,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
             )
             write_report(folder, report)
             print(summary(report), flush=True)
-            _record(report, options)
+            _record(report, options, model)
             reports.append(report)
         accelerator.wait_for_everyone()
     return reports
@@ -155,16 +158,6 @@ def as_run(
     return dataclasses.replace(protocol, sizes=(actual,)), notes
 
 
-def _switch(entry: str) -> tuple[str, Any]:
-    name, equals, value = entry.partition("=")
-    if not equals:
-        raise ValueError(f"--set takes NAME=VALUE, got {entry!r}.")
-    try:
-        return name, None if value.lower() == "none" else json.loads(value)
-    except json.JSONDecodeError:
-        raise ValueError(f"The value of --set {entry!r} is no number, true, false or none.") from None
-
-
 def _bar(title: str, accelerator: Accelerator) -> Any:
     def progress(loader: Iterable, mine: int | None, done: int) -> Iterable:
         note = f"{title} ({done} done before)" if done else title
@@ -186,7 +179,7 @@ def _similarity(
     return label_set_similarity(*embeds).figures()
 
 
-def _record(report: dict[str, Any], options: argparse.Namespace) -> None:
+def _record(report: dict[str, Any], options: argparse.Namespace, model: Any) -> None:
     if options.ledger is None:
         return
     scores = report["scores"][PLAIN]
@@ -195,6 +188,9 @@ def _record(report: dict[str, Any], options: argparse.Namespace) -> None:
     for mode, values in report["scores"].items():
         if mode != PLAIN:
             figures[f"miou_oracle_{mode}"] = values["miou"][report["averaging"]]
+    for name, values in report["proposals"].items():
+        wanted = ("precision", "recall", "recall_seen", "recall_unseen")
+        figures |= {f"{name}_{key}": values[key] for key in wanted if values[key] is not None}
     ledger.append(
         options.ledger,
         command=options.command,
@@ -204,6 +200,7 @@ def _record(report: dict[str, Any], options: argparse.Namespace) -> None:
         protocol=report["protocol_id"],
         method=report["model_type"],
         name=options.name or options.model,
+        weights=weights_digest(model),
         benchmark=report["benchmark"],
         averaging=report["averaging"],
         pictures=report["pictures"],

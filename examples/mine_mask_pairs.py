@@ -24,7 +24,7 @@ from transformers import AutoProcessor
 
 from ov_segmentation import AutoModelForOpenVocabularySegmentation
 from ov_segmentation.data.mining import MiningOptions, PairMiner
-from ov_segmentation.data.mining_run import MiningRun, SourcePictures, settings_of
+from ov_segmentation.data.mining_run import MiningError, MiningRun, SourcePictures, settings_of
 from ov_segmentation.data.nouns import find_tagger
 
 
@@ -65,12 +65,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with state.main_process_first():
             if state.is_main_process:
                 run.claim()
-    except (FileNotFoundError, ImportError, ValueError) as error:
+    except (OSError, ImportError, ValueError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
     miner = PairMiner(*load(options, state.device), mining, tagger, pictures.class_names)
     hidden = not state.is_local_main_process
     progress = functools.partial(tqdm, desc="mining", unit="picture", disable=hidden)
-    run.work(pictures, miner, state.process_index, state.num_processes, progress)
+    try:
+        run.work(pictures, miner, state.process_index, state.num_processes, progress)
+    except MiningError as error:
+        sys.exit(f"{type(error).__name__}: {error}")
     state.wait_for_everyone()
     if state.is_main_process:
         print(json.dumps(run.summary(), indent=1, ensure_ascii=False))

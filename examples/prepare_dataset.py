@@ -19,6 +19,7 @@ from ov_segmentation.data.label_sets import label_sets
 from ov_segmentation.data.preparation import BUILDERS, PreparationError, prepare
 from ov_segmentation.data.preparation.building import ROWS_PER_FILE
 from ov_segmentation.data.preparation.card import read_card
+from ov_segmentation.hub import HubError, push_folder
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -51,15 +52,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
             workers=options.workers,
             progress=_bar,
         )
-    except PreparationError as error:
+    except (PreparationError, OSError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
     print(f"{folder}: {', '.join(f'{split} {count}' for split, count in read_card(folder)['pictures'].items())}")
     if options.push_to_hub:
-        from huggingface_hub import HfApi
-
-        api = HfApi()
-        api.create_repo(options.push_to_hub, repo_type="dataset", private=True, exist_ok=True)
-        print(api.upload_folder(repo_id=options.push_to_hub, repo_type="dataset", folder_path=folder))
+        try:
+            print(push_folder(folder, options.push_to_hub, repo_type="dataset", private=True))
+        except HubError as error:
+            sys.exit(f"HubError: {error} {folder} is complete: the same command goes on with the upload.")
 
 
 def _bar(items: Iterable[Any], total: int, title: str) -> Iterable[Any]:

@@ -14,6 +14,7 @@ import numpy as np
 from datasets import Dataset
 from PIL import Image as PILImage
 
+from ..atomic_files import TEMPORARY, full_disk_message, remove_leftovers, write_atomically
 from .datasets import load_segmentation_data, load_splits
 from .labelled_pictures import LabelledPictures
 from .mask_pairs import pair_features
@@ -21,6 +22,10 @@ from .mining import MiningOptions, PairMiner
 
 SETTINGS = "mining.json"
 Progress = Callable[[Iterable], Iterable]
+
+
+class MiningError(RuntimeError):
+    """A result that could not be written; the message says what is left and what to do."""
 
 
 class SourcePicture(NamedTuple):
@@ -115,11 +120,14 @@ class MiningRun:
                 raise ValueError(
                     f"{self.output} holds a run with other settings ({', '.join(changed)}): give another folder."
                 )
-        elif self.output.exists() and any(self.output.iterdir()):
+        elif self.output.exists() and {item.name for item in self.output.iterdir()} - {SETTINGS + TEMPORARY}:
             raise ValueError(f"{self.output} is not empty and holds no mining run: give another folder.")
+        self.output.mkdir(parents=True, exist_ok=True)
+        # first: a folder with anything else and without it is not ours
+        write_atomically(file, json.dumps(self.settings, indent=1) + "\n")
         for folder in (self.output / "data", self.output / "counts"):
-            folder.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(self.settings, indent=1) + "\n", encoding="utf-8")
+            folder.mkdir(exist_ok=True)
+            remove_leftovers(folder)
 
     def shard(self, number: int) -> Path:
         """The file of a shard."""
@@ -152,12 +160,17 @@ class MiningRun:
         columns = {name: [row[name] for row in rows] for name in features}
         nouns = Counter(columns["noun"])
         summary = {"counts": dict(counts), "nouns": dict(nouns)}
-        counted = self.output / "counts" / f"{number:05d}.json"
-        counted.write_text(json.dumps(summary, ensure_ascii=False) + "\n", encoding="utf-8")
         shard = self.shard(number)
-        partial = shard.with_name(f".{shard.name}.tmp")
-        Dataset.from_dict(columns, features=features).to_parquet(partial)
-        partial.replace(shard)  # last: a shard that is there is complete, and so are its counts
+        partial = shard.with_name(f".{shard.name}{TEMPORARY}")
+        try:
+            write_atomically(
+                self.output / "counts" / f"{number:05d}.json", json.dumps(summary, ensure_ascii=False) + "\n"
+            )
+            Dataset.from_dict(columns, features=features).to_parquet(partial)
+            partial.replace(shard)  # last: a shard that is there is complete, and so are its counts
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise MiningError(full_disk_message(shard, error)) from error
 
     def summary(self) -> dict[str, Any]:
         """Counts over all complete shards: pictures, captions, nouns, pairs, what gave none, and distinct nouns."""

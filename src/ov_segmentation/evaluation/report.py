@@ -43,6 +43,7 @@ def build_report(
             "miou": scores[PLAIN]["miou"][protocol.averaging],
             "averaging": protocol.averaging,
             "scores": scores,
+            "proposals": {name: {**vars(found), **found.figures()} for name, found in counts.proposals.items()},
             "reported": _compared(protocol, scores[PLAIN]["miou"]),
             "notes": list(notes),
             "pictures": counts.pictures,
@@ -99,6 +100,9 @@ def summary(report: Mapping[str, Any]) -> str:
     for mode, scores in report["scores"].items():
         if mode != PLAIN:
             lines.append(f"  with oracle {mode}: mIoU {_percent(scores['miou'][report['averaging']])}")
+    for name, values in report["proposals"].items():
+        shown = ("precision", "recall", "recall_seen", "recall_unseen")
+        lines.append(f"  {name}: " + ", ".join(f"{key} {_percent(values[key])}" for key in shown))
     for row in report["reported"]:
         lines.append(
             f"  {row['variant']}, {row['source']}: {row['miou']:.2f} ({row['averaging']}), difference "
@@ -132,6 +136,7 @@ def markdown(report: Mapping[str, Any]) -> str:
                 for mode, values in scores.items()
             ],
         ),
+        *_proposals(report["proposals"]),
         "## Published",
         "",
         *_table(
@@ -186,6 +191,14 @@ def _scores(matrix: ConfusionMatrix, protocol: EvaluationProtocol) -> dict[str, 
     figures = by_rule[protocol.averaging].figures()
     averaged = {rule: scores.num_averaged for rule, scores in by_rule.items()}
     return {**figures, "miou": {rule: scores.miou for rule, scores in by_rule.items()}, "num_averaged": averaged}
+
+
+def _proposals(proposals: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    if not proposals:
+        return []
+    shown = ("precision", "hits_per_region_seen", "hits_per_region_unseen", "recall", "recall_seen", "recall_unseen")
+    rows = [[name, *(_percent(values[key]) for key in shown)] for name, values in proposals.items()]
+    return ["## Proposals", "", *_table(["counted, IoU above", *shown], rows)]
 
 
 def _compared(protocol: EvaluationProtocol, miou: Mapping[str, float]) -> list[dict[str, Any]]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,12 @@ from accelerate.utils import broadcast_object_list, gather_object
 from ..data.benchmarks import EvaluationProtocol
 from ..data.labelled_pictures import SegmentationData
 from ..metrics import ConfusionMatrix
+from ..proposal_recall import ProposalScores
 from ..text_encoding import hash_tensors
 from .oracle import Oracle, with_oracle_classes, with_oracle_masks
 from .pictures import PictureShare, PictureStream
 from .prediction import predictions
+from .proposals import count_proposals
 from .state import EvaluationError, EvaluationState, Record
 
 PLAIN = "plain"
@@ -32,11 +34,13 @@ class Counts:
         matrices: by mode: "plain" and the oracles.
         pictures: how many.
         seconds: spent on them, summed over processes and over the pieces of an interrupted run.
+        proposals: by definition and threshold, see `proposals.count_proposals`; empty where not asked for.
     """
 
     matrices: dict[str, ConfusionMatrix]
     pictures: int
     seconds: float
+    proposals: dict[str, ProposalScores] = field(default_factory=dict)
 
 
 def weights_digest(model: Any) -> str:
@@ -54,6 +58,7 @@ def count_pixels(
     *,
     place: str,
     oracles: Sequence[Oracle] = (),
+    proposal_recall: bool = False,
     streaming: bool = False,
     max_samples: int | None = None,
     num_workers: int = 0,
@@ -68,6 +73,7 @@ def count_pixels(
         folder: of this evaluation; what it holds of the same one is not done again.
         place: where the data set came from, to recognise the evaluation by.
         oracles: also count with perfect masks or perfect names.
+        proposal_recall: also count proposals that fit, see `proposals.count_proposals`.
         max_samples: only the first so many pictures.
         num_workers: processes that read pictures, per process.
         restart: forget what `folder` holds.
@@ -87,6 +93,8 @@ def count_pixels(
         "modes": list(modes),
         "max_samples": max_samples,
     }
+    if proposal_recall:
+        identity["proposal_recall"] = True
     before: dict[int, Record] = {}
     if accelerator.is_main_process:
         if restart:
@@ -114,19 +122,23 @@ def count_pixels(
             ),
         ):
             single = {mode: ConfusionMatrix(len(protocol.class_names)) for mode in modes}
-            for mode, label_map in _maps(outputs, sample.label_map, processor, protocol, modes).items():
+            maps = _maps(outputs, sample.label_map, processor, protocol, modes)
+            for mode, label_map in maps.items():
                 single[mode].update(label_map, sample.label_map)
+            proposals = {}
+            if proposal_recall:
+                proposals = count_proposals(outputs, maps[PLAIN], sample.label_map, protocol.seen)
             now = time.perf_counter()
-            record = Record.of(sample.index, sample.name, now - start, single)
+            record = Record.of(sample.index, sample.name, now - start, single, proposals)
             start = now
             state.append(record)
             record.add_to(matrices)
-            mine.append((record.index, record.seconds))
+            mine.append((record.index, record.seconds, record.proposals))
     everyone = gather_object(mine)
     matrices = {mode: matrix.reduce(accelerator) for mode, matrix in matrices.items()}
     for record in before.values():
         record.add_to(matrices)
-    indices = [*before, *(index for index, _ in everyone)]
+    indices = [*before, *(index for index, _, _ in everyone)]
     if accelerator.is_main_process and (
         sorted(indices) != list(range(len(indices))) or len(indices) != (total or len(indices))
     ):
@@ -134,8 +146,18 @@ def count_pixels(
             f"{len(indices)} results for {total or 'an unknown number of'} pictures: the data set changed during the "
             f"evaluation. --resume never starts anew."
         )
-    seconds = sum(record.seconds for record in before.values()) + sum(seconds for _, seconds in everyone)
-    return Counts(matrices, len(indices), seconds)
+    seconds = sum(record.seconds for record in before.values()) + sum(seconds for _, seconds, _ in everyone)
+    found = [*(record.proposals for record in before.values()), *(proposals for _, _, proposals in everyone)]
+    return Counts(matrices, len(indices), seconds, _sum_proposals(found))
+
+
+def _sum_proposals(found: Iterable[Mapping[str, Mapping[str, int]]]) -> dict[str, ProposalScores]:
+    total: dict[str, ProposalScores] = {}
+    for picture in found:
+        for name, counts in picture.items():
+            total.setdefault(name, ProposalScores())
+            total[name] += ProposalScores(**counts)
+    return total
 
 
 def _share(

@@ -6,14 +6,15 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..atomic_files import write_atomically
+from ..atomic_files import full_disk_message, write_atomically
 from ..metrics import ConfusionMatrix
+from ..proposal_recall import ProposalScores
 
 _IDENTITY = "identity.json"
 
@@ -31,22 +32,30 @@ class Record:
         name: its file's name.
         seconds: spent on it.
         counts: per mode the cells of the confusion matrix (flat) that it adds to, and how much.
+        proposals: the fields of `ProposalScores` by definition and threshold, where they are asked for.
     """
 
     index: int
     name: str
     seconds: float
     counts: dict[str, tuple[list[int], list[int]]]
+    proposals: dict[str, dict[str, int]] = field(default_factory=dict)
 
     @staticmethod
-    def of(index: int, name: str, seconds: float, matrices: Mapping[str, ConfusionMatrix]) -> Record:
-        """A record of one picture's matrices."""
+    def of(
+        index: int,
+        name: str,
+        seconds: float,
+        matrices: Mapping[str, ConfusionMatrix],
+        proposals: Mapping[str, ProposalScores] | None = None,
+    ) -> Record:
+        """A record of one picture's matrices and proposals."""
         counts = {}
         for mode, matrix in matrices.items():
             flat = matrix.counts.flatten()
             cells = flat.nonzero()[:, 0]
             counts[mode] = (cells.tolist(), flat[cells].tolist())
-        return Record(index, name, round(seconds, 3), counts)
+        return Record(index, name, round(seconds, 3), counts, {k: dict(vars(v)) for k, v in (proposals or {}).items()})
 
     def add_to(self, matrices: Mapping[str, ConfusionMatrix]) -> None:
         """Count the picture."""
@@ -98,14 +107,16 @@ class EvaluationState:
     def append(self, record: Record) -> None:
         """Add a picture to this process's file; it is on the disk when this returns."""
         line = (json.dumps(vars(record)) + "\n").encode()
-        descriptor = os.open(self.file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         try:
-            written = os.write(descriptor, line)
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-        if written != len(line):
-            raise EvaluationError(f"Only {written} of {len(line)} bytes went into {self.file}: is the disk full?")
+            descriptor = os.open(self.file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+            try:
+                if (written := os.write(descriptor, line)) != len(line):
+                    raise OSError(f"only {written} of {len(line)} bytes were taken")
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            raise EvaluationError(full_disk_message(self.file, error)) from error
 
 
 def _read(file: Path) -> list[Record]:

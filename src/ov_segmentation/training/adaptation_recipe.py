@@ -9,6 +9,7 @@ from typing import Literal
 
 from ..strict_mapping import RecipeError, from_mapping
 from .recipe import (
+    LEFT_OUT,
     CheckpointRecipe,
     ExportRecipe,
     ModelRecipe,
@@ -64,10 +65,14 @@ class PromptsRecipe:
 
 @dataclass(frozen=True)
 class IntervalRecipe:
-    """Optimizer steps between evaluations; stop after `patience` of them without a gain (None: never)."""
+    """Optimizer steps between evaluations; stop after `patience` of them without a gain (None: never).
+
+    `at_start`: evaluate before the first step too, see `ov_segmentation.training.recipe.EvaluationRecipe`.
+    """
 
     interval: int = 1000
     patience: int | None = None
+    at_start: bool | None = field(default=None, metadata=LEFT_OUT)
 
 
 @dataclass(frozen=True)

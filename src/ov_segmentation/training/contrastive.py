@@ -23,11 +23,14 @@ from tqdm.auto import tqdm
 from transformers import CLIPConfig, CLIPImageProcessor, PreTrainedModel
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
+from ..atomic_files import write_atomically
 from ..data.scene_captions import build_scene_tokenizer
 from ..data.scene_vocabulary import SceneVocabulary
 from ..data.scenes import SceneGenerator
 from ..layers.clip_stem import CLIPModelWithStem
 from ..layers.convnext_clip import ConvNextCLIPConfig, ConvNextCLIPModel
+from .contrastive_checkpoint import ContrastiveFolder
+from .run import TERMINATED, Terminated, termination_flag
 from .scene_crops import SceneCrops
 from .zero_shot import ZeroShotBank, zero_shot_accuracy
 
@@ -57,6 +60,7 @@ class ContrastiveRecipe:
         attention: attention implementation while training; "eager" is twice as fast on a CPU.
         autocast: None or "bfloat16".
         eval_every: steps between evaluations.
+        checkpoint_every: steps between checkpoints, which a killed run continues from.
         eval_scenes: scenes of the evaluation bank.
         init_from: folder of an earlier run of the same architecture whose weights to start from.
     """
@@ -82,6 +86,7 @@ class ContrastiveRecipe:
     attention: str = "eager"
     autocast: str | None = None
     eval_every: int = 200
+    checkpoint_every: int = 100
     eval_scenes: int = 512
     init_from: str | None = None
 
@@ -184,6 +189,9 @@ def train_clip(
 ) -> dict[str, Any]:
     """Train, evaluate and save a CLIP; equal arguments give equal weights on one machine (unless `minutes` is given).
 
+    A run that was killed, or stopped by SIGTERM, continues from its last checkpoint, to the same bits; one that is over
+    is not done again.
+
     Args:
         recipe: what to train.
         output: folder for model, tokenizer, image processor, recipe and log (`train_log.jsonl`).
@@ -194,9 +202,19 @@ def train_clip(
 
     Returns:
         The last line of the log: step, seconds (wall clock, and of the processor), loss and the zero-shot figures.
+
+    Raises:
+        RunFolderError: `output` holds a run of another recipe.
+        CheckpointError: a checkpoint could not be written or read.
+        Terminated: SIGTERM came; everything is saved.
     """
     output = Path(output)
-    output.mkdir(parents=True, exist_ok=True)
+    identity = {**asdict(recipe), "seed": seed} | ({} if minutes is None else {"minutes": minutes})
+    del identity["checkpoint_every"]
+    folder = ContrastiveFolder(output, identity)
+    result = folder.claim()
+    if result is not None:
+        return result
     torch.manual_seed(seed)
     tokenizer = build_scene_tokenizer()
     model = build_clip(recipe, tokenizer).to(device)
@@ -204,48 +222,67 @@ def train_clip(
     average = copy.deepcopy(model).eval().requires_grad_(False)
     vocabulary = SceneVocabulary.by_name(recipe.vocabulary)
     scene_options = {"size": recipe.scene_size, "geometry": recipe.geometry}
-    scenes = SceneGenerator(vocabulary, seed=2 * seed, tiers=recipe.tiers, **scene_options)
-    crops = SceneCrops(scenes, crop_size=recipe.crop_size, **recipe.crops)
     # Odd seeds are for evaluation, even ones for training, so no scene is in both.
     test_scenes = SceneGenerator(vocabulary, seed=2 * seed + 1, **scene_options)
     bank = ZeroShotBank.render(test_scenes, recipe.eval_scenes, recipe.crop_size)
     optimizer = torch.optim.AdamW(
         parameter_groups(model, recipe.weight_decay), lr=recipe.learning_rate, betas=recipe.betas
     )
-    start, cpu_start, line = time.monotonic(), time.process_time(), {}
-    losses: list[float] = []
-    (output / "recipe.json").write_text(json.dumps({**asdict(recipe), "seed": seed}, indent=1) + "\n")
-    with (output / LOG_FILE).open("w") as log, tqdm(total=recipe.steps, disable=not progress_bar) as bar:
-        step, done = 0, False
-        while not done:
+    parts = {"model": model, "average": average, "optimizer": optimizer}
+    state = folder.load(**parts)
+    scenes = SceneGenerator(vocabulary, seed=2 * seed, tiers=recipe.tiers, **scene_options)
+    crops = SceneCrops(scenes, crop_size=recipe.crop_size, refreshed=state.step // recipe.refresh_every, **recipe.crops)
+    start, cpu_start = time.monotonic() - state.seconds, time.process_time() - state.cpu_seconds
+    _write_log(output, state.lines)
+    limit = math.inf if minutes is None else 60 * minutes
+    last = recipe.steps if minutes is None else math.inf
+    with termination_flag() as stop, tqdm(total=recipe.steps, initial=state.step, disable=not progress_bar) as bar:
+        # a run that was killed between its last step and its end has only that end before it
+        while not (state.lines and state.lines[-1].get("is_last")):
             elapsed = time.monotonic() - start
-            part = step / recipe.steps if minutes is None else elapsed / (60 * minutes)
-            factor = learning_rate_factor(min(part, 1.0), step, recipe.warmup_steps, recipe.decay_fraction)
+            part = state.step / recipe.steps if minutes is None else elapsed / limit
+            factor = learning_rate_factor(min(part, 1.0), state.step, recipe.warmup_steps, recipe.decay_fraction)
             for group in optimizer.param_groups:
                 group["lr"] = recipe.learning_rate * factor
-            losses.append(_train_step(model, average, optimizer, crops, tokenizer, recipe, seed, step, device))
-            step += 1
-            if step % recipe.refresh_every == 0:
+            loss = _train_step(model, average, optimizer, crops, tokenizer, recipe, seed, state.step, device)
+            state.losses.append(loss)
+            state.step += 1
+            if state.step % recipe.refresh_every == 0:
                 crops.refresh()
-            done = step >= recipe.steps if minutes is None else elapsed >= 60 * minutes
+            is_last = state.step >= last or elapsed >= limit
             bar.update()
-            bar.set_postfix(loss=f"{losses[-1]:.3f}", lr=f"{recipe.learning_rate * factor:.1e}")
-            if done or step % recipe.eval_every == 0:
+            bar.set_postfix(loss=f"{loss:.3f}", lr=f"{recipe.learning_rate * factor:.1e}")
+            if is_last or state.step % recipe.eval_every == 0:
                 figures = zero_shot_accuracy(average, tokenizer, bank, device)
                 line = {
-                    "step": step,
-                    "pictures": step * recipe.batch_size,
+                    "step": state.step,
+                    "pictures": state.step * recipe.batch_size,
                     "seconds": round(time.monotonic() - start, 1),
                     "cpu_seconds": round(time.process_time() - cpu_start, 1),
-                    "loss": sum(losses) / len(losses),
+                    "loss": sum(state.losses) / len(state.losses),
                     "logit_scale": float(model.logit_scale.detach().exp()),
                     **figures,
                 }
-                losses.clear()
-                log.write(json.dumps(line) + "\n")
-                log.flush()
+                state.lines.append(line | ({"is_last": True} if is_last else {}))
+                state.losses.clear()
+                _write_log(output, state.lines)
+            if is_last or stop[0] or state.step % recipe.checkpoint_every == 0:
+                state.seconds, state.cpu_seconds = time.monotonic() - start, time.process_time() - cpu_start
+                folder.save(state, **parts)
+            if stop[0] and not is_last:
+                raise Terminated(TERMINATED)
     save_clip(average, tokenizer, recipe.crop_size, output)
-    return line
+    result = _shown(state.lines[-1])
+    folder.finish(result)
+    return result
+
+
+def _write_log(output: Path, lines: Sequence[dict[str, Any]]) -> None:
+    write_atomically(output / LOG_FILE, "".join(json.dumps(_shown(line)) + "\n" for line in lines))
+
+
+def _shown(line: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in line.items() if key != "is_last"}
 
 
 def save_clip(model: PreTrainedModel, tokenizer: Any, image_size: int, output: str | Path) -> None:

@@ -25,6 +25,7 @@ from ..data.datasets import build_vocabulary
 from ..data.mask_pairs import MaskPair, MaskPairs, load_mask_pairs
 from ..layers.mask_crops import crop_for_clip
 from ..layers.mask_prompts import DeepPrompts, MaskPrompts, encode_crops
+from ..precision import full_precision
 from ..strict_mapping import RecipeError
 from ..text_encoding import encode_prompts
 from ..vocabulary import Vocabulary
@@ -93,10 +94,11 @@ class MaskAdaptation(nn.Module):
             texts = encode_prompts(input_ids, clip.text_model.config.eos_token_id, self._text_features).float()
         all_images, all_texts = gather_features(images, self.gather_with_gradient), gather_features(texts, False)
         fits = torch.eye(len(all_texts), dtype=torch.bool, device=texts.device)
-        if self.equal_nouns == "ignored":
-            # the text side is frozen: equal nouns have equal features, up to the batch they were computed in
-            fits = all_texts @ all_texts.T > 1 - 1e-5
-        loss = contrastive_loss(all_images, all_texts, clip.logit_scale.float(), fits)
+        with full_precision(all_images):
+            if self.equal_nouns == "ignored":
+                # the text side is frozen: equal nouns have equal features, up to the batch they were computed in
+                fits = all_texts @ all_texts.T > 1 - 1e-5
+            loss = contrastive_loss(all_images, all_texts, clip.logit_scale.float(), fits)
         return AdaptationOutput(
             loss=loss, loss_dict={"loss_contrastive": loss}, image_features=images, text_features=texts
         )

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from datasets import Dataset, Features, List, Value
 
-from ...atomic_files import TEMPORARY, publish, write_atomically
+from ...atomic_files import TEMPORARY, full_disk_message, publish, remove_leftovers, write_atomically
 from ..class_names import segmentation_features
 from ..label_sets import LabelSet
 from .card import CARD, read_card, write_card
@@ -69,10 +69,13 @@ def build(
         raise PreparationError(f"{labels.name} has no split {', '.join(unknown)}; it has {', '.join(labels.splits)}.")
     if output.exists():
         return _found(output, labels, splits)
+    folder = output.with_name(output.name + PARTIAL)
+    if (folder / CARD).is_file() and not (folder / _PLAN).exists():  # killed at the very end: all is written
+        _found(folder, labels, splits)
+        return _publish(folder, output)
     items = {split: source.items(split) for split in splits}
     for split in splits:
         _check_count(labels, source, split, items[split], expect_counts)
-    folder = output.with_name(output.name + PARTIAL)
     _claim(folder, labels, items, rows_per_file)
     make = partial(
         convert,
@@ -96,10 +99,15 @@ def build(
         )
     if expect_counts:
         _check_classes(labels, pixels)
+    write_card(folder, labels, counts, pixels)
     (folder / _PLAN).unlink()
+    return _publish(folder, output)
+
+
+def _publish(folder: Path, output: Path) -> Path:
+    """The complete partial folder, without what only a resumed run needs, becomes the output."""
     for file in folder.glob("data/*.json"):
         file.unlink()
-    write_card(folder, labels, counts, pixels)
     publish(folder, output)
     return output
 
@@ -148,12 +156,13 @@ def _claim(folder: Path, labels: LabelSet, items: dict[str, list[Item]], rows_pe
     }
     file = folder / _PLAN
     if file.is_file() and json.loads(file.read_text(encoding="utf-8")) != plan:
-        shutil.rmtree(folder)  # of other files: nothing of it can be used
-    elif folder.exists() and not file.is_file() and any(folder.iterdir()) and not (folder / CARD).is_file():
+        # of other files: nothing of it can be used; the plan goes last, when it is replaced
+        shutil.rmtree(folder / "data", ignore_errors=True)
+        (folder / CARD).unlink(missing_ok=True)
+    elif not file.is_file() and any(path.is_file() and path.suffix != TEMPORARY for path in folder.rglob("*")):
         raise PreparationError(f"{folder} exists and was not made by this command; move it away.")
     (folder / "data").mkdir(parents=True, exist_ok=True)
-    for leftover in folder.rglob(f"*{TEMPORARY}"):
-        leftover.unlink()
+    remove_leftovers(folder)
     write_atomically(file, json.dumps(plan))
 
 
@@ -236,8 +245,4 @@ def _write_part(file: Path, rows: list[dict[str, Any]], pixels: np.ndarray, feat
         temporary.rename(file)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        free = shutil.disk_usage(file.parent).free
-        raise PreparationError(
-            f"{file.name} could not be written: {error}. {free / 1e6:.0f} MB are free. Make room and start the same "
-            f"command again."
-        ) from error
+        raise PreparationError(full_disk_message(file, error)) from error

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from ...atomic_files import write_atomically
 from ..label_sets import LabelSet
 
 CARD = "README.md"
@@ -57,7 +58,7 @@ def write_card(folder: Path, labels: LabelSet, counts: Mapping[str, int], pixels
     ]
     for k, name in enumerate(labels.class_names):
         lines.append(f"| {k} | {name} | {' | '.join(str(int(pixels[split][k])) for split in counts)} |")
-    (folder / CARD).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_atomically(folder / CARD, "\n".join(lines) + "\n")
 
 
 def read_card(folder: Path) -> dict[str, Any] | None:
