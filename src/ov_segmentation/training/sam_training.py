@@ -1,0 +1,336 @@
+"""Training of a small Segment Anything on the regions of synthetic scenes, whatever their class.
+
+Source: Kirillov et al., "Segment Anything" (2023), section 3 and appendix A: three masks for a prompt, of which only
+the best is trained, focal (without class weights) and dice loss 20 : 1, and a head that learns the masks' IoU. In place
+of its rounds of corrected prompts every step draws one kind of prompt: points, a box, or a point and a rough mask.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import yaml
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+from transformers import SamConfig, SamModel
+from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+
+from ..data.scene_vocabulary import TIERS, SceneVocabulary
+from ..data.scenes import MAX_OBJECTS, SceneBatch, SceneGenerator
+from ..layers.initialization import init_torch_defaults
+from ..layers.sam_blocks import init_prompt_encoder
+from ..strict_mapping import from_mapping
+from .contrastive import LOG_FILE, learning_rate_factor, parameter_groups
+
+PROMPTS = ("points", "box", "mask")
+FOCAL_WEIGHT, DICE_WEIGHT, IOU_WEIGHT = 20.0, 1.0, 1.0
+FOCAL_GAMMA = 2
+MASK_LOGIT = 10.0
+NUM_POINTS = 3
+SMALLEST_REGION = 24
+
+
+@dataclass(frozen=True)
+class SamRecipe:
+    """What a recipe file holds.
+
+    Args:
+        model: sub-configurations of `SamConfig`.
+        vocabulary: "small" or "full" scene vocabulary.
+        tiers: tiers of the training scenes.
+        geometry: "easy" or "hard" scenes.
+        scene_size: side of a scene in pixels, also SAM's input.
+        steps: optimiser steps.
+        batch_size: scenes in a step.
+        prompts_per_scene: prompts for each scene of a step.
+        learning_rate, weight_decay, betas, max_grad_norm: AdamW; the decay applies to matrices only.
+        warmup_steps: steps of linear warm-up.
+        decay_fraction: last part of the training in which the rate falls linearly to 0.
+        attention: attention implementation while training; "eager" is twice as fast on a CPU.
+        autocast: None or "bfloat16".
+        log_every: steps between lines of the log.
+        eval_scenes: scenes of the evaluation.
+    """
+
+    model: dict[str, Any]
+    vocabulary: str = "small"
+    tiers: tuple[str, ...] = ("a",)
+    geometry: str = "easy"
+    scene_size: int = 96
+    steps: int = 1200
+    batch_size: int = 16
+    prompts_per_scene: int = 4
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.98)
+    max_grad_norm: float = 1.0
+    warmup_steps: int = 50
+    decay_fraction: float = 0.5
+    attention: str = "eager"
+    autocast: str | None = None
+    log_every: int = 50
+    eval_scenes: int = 256
+
+    @classmethod
+    def from_yaml(cls, path: str | Path, **overrides: Any) -> SamRecipe:
+        """Read a recipe; `overrides` that are not None win. `RecipeError` says what is wrong."""
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        return from_mapping(cls, {**values, **{key: value for key, value in overrides.items() if value is not None}})
+
+
+class Prompts(NamedTuple):
+    """Points inside regions of scenes.
+
+    Args:
+        points: `[B, P, n, 2]`, column and row of pixels, all of one region.
+        targets: bool `[B, P, S, S]`, the regions.
+    """
+
+    points: torch.Tensor
+    targets: torch.Tensor
+
+
+def build_sam(recipe: SamRecipe) -> SamModel:
+    """The untrained model; its decoder and prompts are initialised as the original's, not as transformers do it."""
+    config = SamConfig(**recipe.model)
+    config.vision_config.initializer_range = config.initializer_range
+    model = SamModel(config)
+    # attention that starts from transformers' weights of 0.02 does not find the prompts within thousands of steps
+    for module in (*model.mask_decoder.modules(), *model.prompt_encoder.modules()):
+        init_torch_defaults(module)
+        init_prompt_encoder(module)
+    with torch.no_grad():
+        positions = model.prompt_encoder.shared_embedding.positional_embedding
+        model.shared_image_embedding.positional_embedding.copy_(positions)
+    model.set_attn_implementation(recipe.attention)
+    return model
+
+
+def scene_regions(scenes: SceneBatch) -> torch.Tensor:
+    """Region numbers `[B, S, S]` int64: objects 0 to 4, stuff 5 and, where there are two classes of it, 6."""
+    second = scenes.label_maps == scenes.stuff_classes[:, 1, None, None]
+    alike = scenes.stuff_classes[:, 0] == scenes.stuff_classes[:, 1]
+    stuff = MAX_OBJECTS + (second & ~alike[:, None, None]).long()
+    instances = scenes.instance_maps.long()
+    return torch.where(instances >= 0, instances, stuff)
+
+
+def draw_prompts(regions: torch.Tensor, count: int, points: int, generator: torch.Generator) -> Prompts:
+    """`count` regions of each scene, equally likely whatever their size, and `points` pixels of each, all equally
+    likely; regions of less than 24 pixels are not drawn."""
+    size = regions.shape[-1]
+    flat = regions.flatten(1)
+    areas = torch.zeros(len(regions), MAX_OBJECTS + 2, dtype=torch.long).scatter_add_(1, flat, torch.ones_like(flat))
+    weights = torch.where(areas >= SMALLEST_REGION, 1 / areas, 0.0).gather(1, flat)
+    first = torch.multinomial(weights, count, replacement=True, generator=generator)
+    targets = flat[:, None] == flat.gather(1, first)[:, :, None]
+    pixels = torch.multinomial(targets.float().flatten(0, 1), points, replacement=True, generator=generator)
+    pixels = pixels.unflatten(0, first.shape)
+    # SAM itself adds the half pixel of their centres
+    places = torch.stack([pixels % size, pixels // size], dim=-1).float()
+    return Prompts(places, targets.unflatten(2, (size, size)))
+
+
+def boxes_of(targets: torch.Tensor) -> torch.Tensor:
+    """Bounding boxes `[..., 4]` (x, y of two corners, in pixels) of masks `[..., S, S]` that are not empty."""
+    columns, rows = targets.any(-2).float(), targets.any(-1).float()
+
+    def ends(line: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return line.argmax(-1), line.shape[-1] - line.flip(-1).argmax(-1)
+
+    (left, right), (top, bottom) = ends(columns), ends(rows)
+    return torch.stack([left, top, right, bottom], dim=-1).float()
+
+
+def normalise(images: torch.Tensor) -> torch.Tensor:
+    """uint8 pictures `[B, 3, S, S]` to SAM's `pixel_values`."""
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
+    return (images.float() / 255 - mean) / std
+
+
+def ask(model: SamModel, images: torch.Tensor, prompts: Prompts, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Three masks for every prompt.
+
+    Args:
+        images: uint8 `[B, 3, S, S]`.
+        kind: "points", "box", or "mask": one point and the region's mask, on a grid of an eighth of the picture.
+
+    Returns:
+        Mask logits `[B * P, 3, m, m]` and predicted IoU `[B * P, 3]`, float32.
+    """
+    count = prompts.targets.shape[1]
+    embeddings = model.vision_encoder(normalise(images)).last_hidden_state.repeat_interleave(count, dim=0)
+    points, targets = prompts.points.flatten(0, 1), prompts.targets.flatten(0, 1)
+    given: dict[str, torch.Tensor] = {}
+    if kind == "box":
+        given["input_boxes"] = boxes_of(targets)[:, None]
+    else:
+        given["input_points"] = points[:, None] if kind == "points" else points[:, None, :1]
+        given["input_labels"] = torch.ones(given["input_points"].shape[:-1], dtype=torch.long)
+    if kind == "mask":
+        side = 4 * model.config.prompt_encoder_config.image_embedding_size
+        rough = F.adaptive_avg_pool2d(targets[:, None].float(), targets.shape[-1] // 8)
+        given["input_masks"] = F.interpolate((2 * rough - 1) * MASK_LOGIT, (side, side), mode="bilinear")
+    found = model(image_embeddings=embeddings, multimask_output=True, **given)
+    return found.pred_masks[:, 0].float(), found.iou_scores[:, 0].float()
+
+
+def sam_loss(logits: torch.Tensor, predicted_iou: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Focal and dice loss of each prompt's best mask, and the squared error of all predicted IoU.
+
+    Args:
+        logits: `[n, 3, m, m]`.
+        predicted_iou: `[n, 3]`.
+        targets: bool `[n, S, S]`.
+    """
+    wanted = F.interpolate(targets[:, None].float(), logits.shape[-2:], mode="area").expand_as(logits)
+    probability = logits.sigmoid()
+    entropy = F.binary_cross_entropy_with_logits(logits, wanted, reduction="none")
+    hit = probability * wanted + (1 - probability) * (1 - wanted)
+    focal = ((1 - hit) ** FOCAL_GAMMA * entropy).mean((-2, -1))
+    shared = (probability * wanted).sum((-2, -1))
+    dice = 1 - (2 * shared + 1) / (probability.sum((-2, -1)) + wanted.sum((-2, -1)) + 1)
+    masks = (FOCAL_WEIGHT * focal + DICE_WEIGHT * dice).amin(1).mean()
+    found = mask_iou(logits.detach() > 0, wanted > 0.5)
+    return masks + IOU_WEIGHT * F.mse_loss(predicted_iou, found)
+
+
+def mask_iou(masks: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """IoU `[...]` of bool masks `[..., h, w]`; 0 where both are empty."""
+    shared, either = (masks & targets).sum((-2, -1)), (masks | targets).sum((-2, -1))
+    return shared / either.clamp(min=1)
+
+
+def train_sam(recipe: SamRecipe, output: str | Path, seed: int = 0, progress_bar: bool = True) -> dict[str, Any]:
+    """Train, evaluate and save a SAM; equal arguments give equal weights on one machine.
+
+    Args:
+        recipe: what to train.
+        output: folder for the model (`SamModel.from_pretrained`), recipe and log (`train_log.jsonl`).
+        seed: of weights, scenes and prompts.
+        progress_bar: show one.
+
+    Returns:
+        The last line of the log: step, seconds (wall clock, and of the processor), loss and figures of
+        [`evaluate_sam`].
+    """
+    output = Path(output)
+    output.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(seed)
+    model = build_sam(recipe).train()
+    options = {"size": recipe.scene_size, "geometry": recipe.geometry}
+    vocabulary = SceneVocabulary.by_name(recipe.vocabulary)
+    # as for CLIP: even seeds are for training, odd ones for evaluation
+    scenes = SceneGenerator(vocabulary, seed=2 * seed, tiers=recipe.tiers, **options)
+    groups = parameter_groups(model, recipe.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=recipe.betas)
+    start, cpu_start, losses, line = time.monotonic(), time.process_time(), [], {}
+    (output / "recipe.json").write_text(json.dumps({**asdict(recipe), "seed": seed}, indent=1) + "\n")
+    with (output / LOG_FILE).open("w") as log, tqdm(total=recipe.steps, disable=not progress_bar) as bar:
+        for step in range(recipe.steps):
+            factor = learning_rate_factor(step / recipe.steps, step, recipe.warmup_steps, recipe.decay_fraction)
+            for group in optimizer.param_groups:
+                group["lr"] = recipe.learning_rate * factor
+            losses.append(_train_step(model, optimizer, scenes, recipe, seed, step))
+            bar.update()
+            if (step + 1) % recipe.log_every == 0 or step + 1 == recipe.steps:
+                bar.set_postfix(loss=f"{losses[-1]:.3f}")
+                line = {
+                    "step": step + 1,
+                    "scenes": (step + 1) * recipe.batch_size,
+                    "seconds": round(time.monotonic() - start, 1),
+                    "cpu_seconds": round(time.process_time() - cpu_start, 1),
+                    "loss": sum(losses) / len(losses),
+                }
+                losses.clear()
+                if step + 1 == recipe.steps:
+                    held_out = SceneGenerator(vocabulary, seed=2 * seed + 1, **options)
+                    line |= evaluate_sam(model.eval(), held_out, recipe.eval_scenes)
+                log.write(json.dumps(line) + "\n")
+                log.flush()
+    model.save_pretrained(output)
+    return line
+
+
+def _train_step(
+    model: SamModel,
+    optimizer: torch.optim.Optimizer,
+    scenes: SceneGenerator,
+    recipe: SamRecipe,
+    seed: int,
+    step: int,
+) -> float:
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**62)
+    batch = scenes.render(step * recipe.batch_size, recipe.batch_size)
+    kind = PROMPTS[step % len(PROMPTS)]
+    points = int(torch.randint(1, NUM_POINTS + 1, (), generator=generator))
+    prompts = draw_prompts(scene_regions(batch), recipe.prompts_per_scene, points, generator)
+    with torch.autocast("cpu", torch.bfloat16) if recipe.autocast else nullcontext():
+        logits, predicted_iou = ask(model, batch.images, prompts, kind)
+    loss = sam_loss(logits, predicted_iou, prompts.targets.flatten(0, 1))
+    if not math.isfinite(loss.item()):
+        raise FloatingPointError(f"The loss is {loss.item()} at step {step}: lower learning_rate or max_grad_norm.")
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
+    optimizer.step()
+    return loss.item()
+
+
+@torch.no_grad()
+def evaluate_sam(model: SamModel, scenes: SceneGenerator, count: int, batch_size: int = 16) -> dict[str, float]:
+    """Mean IoU of masks from one point, drawn in random regions of scenes of all tiers.
+
+    Returns:
+        `things_{a,b,c}`, `stuff_{a,b,c}`, `iou`: of the mask that the model itself thinks best; `best_of_three`: of
+        the best mask; `box`: the same as `iou` from the region's box; `disc_things`, `disc_stuff`, `disc`: a disc
+        around the point in place of a model, as large as an average object; `prompts`: how many.
+    """
+    columns: dict[str, list[torch.Tensor]] = {name: [] for name in ("iou", "best_of_three", "box", "disc", "classes")}
+    generator = torch.Generator().manual_seed(scenes.seed)
+    radius = _mean_object_radius(scenes)
+    for batch in scenes.batches(batch_size, count):
+        prompts = draw_prompts(scene_regions(batch), 4, 1, generator)
+        targets = prompts.targets.flatten(0, 1)
+        for kind, name in (("points", "iou"), ("box", "box")):
+            logits, scores = ask(model, batch.images, prompts, kind)
+            masks = F.interpolate(logits, targets.shape[-2:], mode="bilinear") > 0
+            found = mask_iou(masks, targets[:, None])
+            columns[name].append(found.gather(1, scores.argmax(1, keepdim=True))[:, 0])
+            if kind == "points":
+                columns["best_of_three"].append(found.amax(1))
+        columns["disc"].append(mask_iou(_discs(prompts.points.flatten(0, 1)[:, 0], radius, targets.shape[-1]), targets))
+        x, y = prompts.points[:, :, 0].long().unbind(-1)
+        columns["classes"].append(batch.label_maps[torch.arange(len(batch))[:, None], y, x].flatten().long())
+    found = {name: torch.cat(parts) for name, parts in columns.items()}
+    figures = {name: float(found[name].mean()) for name in ("iou", "best_of_three", "box", "disc")}
+    classes = found["classes"]
+    for kind in ("things", "stuff"):
+        of_kind = torch.isin(classes, torch.tensor(scenes.vocabulary.classes_of(TIERS, kind)))
+        figures[f"disc_{kind}"] = float(found["disc"][of_kind].mean())
+        for tier in TIERS:
+            wanted = torch.isin(classes, torch.tensor(scenes.vocabulary.classes_of((tier,), kind)))
+            if wanted.any():
+                figures[f"{kind}_{tier}"] = float(found["iou"][wanted].mean())
+    return figures | {"prompts": len(classes)}
+
+
+def _mean_object_radius(scenes: SceneGenerator) -> float:
+    """Radius of the disc with the mean area of visible objects in the first scenes."""
+    batch = scenes.render(0, 64)
+    areas = torch.stack([(batch.instance_maps == index).sum((1, 2)) for index in range(MAX_OBJECTS)])
+    return math.sqrt(float(areas[areas >= SMALLEST_REGION].float().mean()) / math.pi)
+
+
+def _discs(centres: torch.Tensor, radius: float, size: int) -> torch.Tensor:
+    """Bool masks `[n, size, size]` of discs around `centres` `[n, 2]`."""
+    axis = torch.arange(size)
+    x, y = centres[:, 0, None, None], centres[:, 1, None, None]
+    return (axis[None, None, :] - x) ** 2 + (axis[None, :, None] - y) ** 2 <= radius**2
