@@ -32,6 +32,10 @@ class ModelTesterMixin:
         wrong_values: config field -> a value of a wrong type.
         prompts: P of the embeddings, where the method keeps its prompts.
         num_classes: K where a test does not say otherwise.
+        export_config: changes of the configuration without which a model cannot be exported.
+        exports_any_number_of_classes: whether the number of classes stays open in an exported model.
+        kept_in_float32: names of the tensors that are not loaded in half precision.
+        rounding: what outputs of the same weights may differ by, where they lie elsewhere in memory.
     """
 
     name: ClassVar[str]
@@ -40,6 +44,10 @@ class ModelTesterMixin:
     wrong_values: ClassVar[dict[str, Any]] = {"sliding_window": "yes", "weights_license": 3}
     prompts: ClassVar[int] = 2
     num_classes: ClassVar[int] = 3
+    export_config: ClassVar[dict[str, Any]] = {}
+    exports_any_number_of_classes: ClassVar[bool] = True
+    kept_in_float32: ClassVar[set[str]] = {"clip.logit_scale"}
+    rounding: ClassVar[float] = 0
 
     def config_values(self) -> dict[str, Any]:
         """Arguments of the tiny configuration."""
@@ -112,7 +120,8 @@ class ModelTesterMixin:
     ) -> None:
         assert found.keys() == expected.keys()
         for name, value in expected.items():
-            torch.testing.assert_close(found[name], value, rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+            close = max(tolerance, self.rounding)
+            torch.testing.assert_close(found[name], value, rtol=0, atol=close, msg=lambda m, n=name: f"{n}: {m}")
 
     # ------------------------------------------------------------------ configuration
 
@@ -210,6 +219,24 @@ class ModelTesterMixin:
         assert loaded.dtype == torch.bfloat16
         for name, value in model.state_dict().items():
             assert torch.equal(loaded.state_dict()[name], value), name
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+    def test_half_precision_keeps_what_needs_more(self, dtype: torch.dtype, tmp_path: Path) -> None:
+        exact = self.model()
+        exact.save_pretrained(tmp_path)
+        model = self.model_class.from_pretrained(tmp_path, dtype=dtype)
+        assert model.dtype == dtype
+        weights = {name: value for name, value in model.state_dict().items() if value.is_floating_point()}
+        kept = {name: value for name, value in weights.items() if value.dtype == torch.float32}
+        assert kept.keys() == self.kept_in_float32
+        assert all(torch.equal(value, exact.state_dict()[name]) for name, value in kept.items())
+        assert {value.dtype for name, value in weights.items() if name not in kept} == {dtype}
+        found = self.run(model)
+        for name, expected in self.run(exact).items():
+            allowed = 8 * torch.finfo(dtype).eps * (expected.max() - expected.min()).item()
+            torch.testing.assert_close(
+                found[name].float(), expected, rtol=0, atol=allowed, msg=lambda m, n=name: f"{n}: {m}"
+            )
 
     def test_refuses_checkpoints_of_another_method(self, tmp_path: Path) -> None:
         config = self.config()
@@ -410,13 +437,23 @@ class ModelTesterMixin:
         self.assert_same(self.predictions(found), expected, 1e-4)
 
     @pytest.mark.slow
+    def test_compiles_to_machine_code(self) -> None:
+        model = self.model(**self.export_config)
+        expected = self.run(model)
+        torch._dynamo.reset()
+        self.assert_same(self.run(torch.compile(model, fullgraph=True)), expected, 1e-4)
+
     def test_can_be_exported(self) -> None:
-        model = self.model()
-        inputs = {"pixel_values": self.pictures()["pixel_values"], "text_embeds": self.text(model)}
+        model = self.model(**self.export_config)
+        inputs = {"pixel_values": self.pictures()["pixel_values"], "text_embeds": self.text(model, 5)}
+        classes = {0: torch.export.Dim("classes", max=4096)} if self.exports_any_number_of_classes else None
         with torch.no_grad():
-            program = torch.export.export(model, (), inputs)
-            found, expected = program.module()(**inputs), model(**inputs)
-        self.assert_same(self.predictions(found), self.predictions(expected), 1e-4)
+            shapes = {"pixel_values": None, "text_embeds": classes}
+            program = torch.export.export(model, (), inputs, dynamic_shapes=shapes).module()
+            for count in (5, 2, 9) if classes else (5,):
+                inputs["text_embeds"] = self.text(model, count, seed=count)
+                found, expected = program(**inputs), model(**inputs)
+                self.assert_same(self.predictions(found), self.predictions(expected), 1e-5)
 
 
 class FromCLIPTesterMixin:

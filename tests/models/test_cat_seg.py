@@ -38,6 +38,7 @@ SMALL = {
 
 class TestCATSeg(ModelTesterMixin, FromCLIPTesterMixin, PipelineTesterMixin):
     name = "CATSeg"
+    export_config: ClassVar = {"class_chunk_size": None, "max_classes": None}
     wrong_values: ClassVar = {"max_classes": "all", "clip_finetune": "some", "skip_layers": 3, "dense_residual": None}
     clip_values: ClassVar = {**SMALL, "num_templates": 2}
 

@@ -13,6 +13,7 @@ from huggingface_hub.errors import StrictDataclassClassValidationError
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPProcessor, SamConfig, SamModel, pipeline
 
 from ov_segmentation import AutoModelForOpenVocabularySegmentation
+from ov_segmentation.conversion import ConversionError
 from ov_segmentation.layers.sam_masks import FAR_OUTSIDE
 from ov_segmentation.layers.severance import severed_block
 from ov_segmentation.models.deop.configuration_deop import DeOPConfig
@@ -58,9 +59,9 @@ SMALL = {
     "heatmap_attention_heads": 4,
     "heatmap_feedforward_size": 24,
     "heatmap_dropout": 0.0,
-    "window_pixels": 32,
-    "window_stride": 32,
-    "canvas_pixels": 64,
+    "window_pixels": 64,
+    "window_stride": 64,
+    "canvas_pixels": 128,
 }
 WITHOUT_MASKFORMER = {"proposals": "none", "severance": "identity", "pooling": "mask"}
 SAM = {
@@ -141,6 +142,8 @@ class TestDeOP(ModelTesterMixin, FromCLIPTesterMixin, PipelineTesterMixin):
             {"heatmap_layers": 0},
             {"heatmap_layers": 3},
             {"heatmap_heads": 1},
+            {"heatmap_decoder": "convolution"},
+            {"heatmap_decoder": "convolution", "heatmap_layers": 0, "heatmap_heads": 1, "heatmap_kernel_size": 1},
             {"pooling": "mask"},
             {"severance": "identity", "pooling": "mask", "visual_prompts": "none"},
         ],
@@ -209,6 +212,14 @@ class TestDeOP(ModelTesterMixin, FromCLIPTesterMixin, PipelineTesterMixin):
         for name, parameter in model.named_parameters():
             assert (parameter.grad is not None) == parameter.requires_grad, name
 
+    def test_resnet_starts_from_imagenet(self, tmp_path: Path) -> None:
+        """The option is OVSeg's, whose tests look at the names."""
+        backbone = self.model().proposal_network.backbone.state_dict()
+        theirs = {f"stem.conv{i + 1}.weight": backbone[f"stem.{i}.conv.weight"] for i in range(3)}
+        torch.save(theirs, tmp_path / "less.pth")
+        with pytest.raises(ConversionError, match=r"stages\.0\.0\.conv1"):
+            DeOPForOpenVocabularySegmentation.from_clip(self.clip(), backbone=tmp_path / "less.pth", **SMALL)
+
     def test_regions_hold_one_class(self) -> None:
         model = self.model(training_stage="prompt").train()
         inputs = self.training_inputs(model)
@@ -247,6 +258,27 @@ class TestDeOP(ModelTesterMixin, FromCLIPTesterMixin, PipelineTesterMixin):
         assert model.visual_prompts.input_table.embedding.std().item() == pytest.approx(64**-0.5, rel=0.1)
         assert model.text_prompt.context.std().item() == pytest.approx(0.02, rel=0.1)
         assert model.no_object_embedding.std().item() == pytest.approx(64**-0.5, rel=0.4)
+
+    def test_convolutional_heatmaps(self) -> None:
+        """Equation 4: one softmax map per head and proposal, times the mask, and each head pools its channels."""
+        model = self.model(heatmap_decoder="convolution", heatmap_layers=2, heatmap_kernel_size=5)
+        decoder = model.heatmap_decoder
+        assert [tuple(layer.weight.shape) for layer in decoder.layers] == [
+            (24, 16, 5, 5),
+            (24, 24, 5, 5),
+            (4 * 5, 24, 5, 5),
+        ]
+        features = torch.nn.functional.normalize(torch.randn(2, 16, 6, 7), dim=1)
+        masks = torch.rand(2, 5, 6, 7)
+        with torch.no_grad():
+            full = decoder(features, torch.ones_like(masks))
+            masked = decoder(features, masks)
+        assert full.heatmaps.shape == (2, 4, 5, 42)
+        torch.testing.assert_close(full.heatmaps.sum(dim=-1), torch.ones(2, 4, 5))
+        torch.testing.assert_close(masked.heatmaps, full.heatmaps * masks.flatten(2)[:, None])
+        pooled = torch.einsum("bhnl,bhcl->bnhc", masked.heatmaps, features.flatten(2).unflatten(1, (4, 4))).flatten(2)
+        torch.testing.assert_close(masked.embeddings, pooled)
+        assert torch.allclose(decoder.layers[0].bias.abs().max(), torch.tensor((16 * 25) ** -0.5), rtol=0.2)
 
     # ------------------------------------------------------------------ any proposals
 
@@ -330,6 +362,8 @@ class TestDeOP(ModelTesterMixin, FromCLIPTesterMixin, PipelineTesterMixin):
             ({"severance_alpha": 1.5}, "between 0 and 1"),
             ({"heatmap_heads": 3}, "heatmap_heads 3"),
             ({"heatmap_attention_heads": 5}, "heatmap_attention_heads 5"),
+            ({"heatmap_decoder": "convolution", "heatmap_kernel_size": 4}, "odd"),
+            ({"heatmap_layers": -1}, "negative"),
             ({"proposals": "none"}, "pooling"),
             ({**WITHOUT_MASKFORMER, "severance": "mask_gain"}, "needs proposals"),
             ({**WITHOUT_MASKFORMER, "proposals": "sam"}, "from_clip_and_sam"),
@@ -354,6 +388,14 @@ def test_released_sizes() -> None:
     assert sum(p.numel() for p in model.parameters()) == 218_401_729
 
 
+def vit_l_14_336() -> dict[str, Any]:
+    vision = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+    vision |= {"patch_size": 14, "image_size": 336, "projection_dim": 768}
+    large = {"projection_dim": 768, "vision_config": vision, "text_config": {"hidden_size": 768, "projection_dim": 768}}
+    large["text_config"] |= {"num_attention_heads": 12, "intermediate_size": 3072}
+    return large
+
+
 def test_patches_of_14_pixels() -> None:
     """ViT-L/14: the grid is what fits, tables have 27 x 27 positions for 384 pixels; what is left over is dropped."""
     clip = tiny_clip_config(patch_size=14, image_size=56)
@@ -364,15 +406,27 @@ def test_patches_of_14_pixels() -> None:
         outputs = model(**inputs, output_maps=True)
     assert outputs.maps["clip_map"].shape == (1, 16, 64 // 14, 96 // 14)
     assert outputs.maps["heatmaps"].shape == (1, 4, 5, 64 // 14, 96 // 14)
-    vision = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
-    vision |= {"patch_size": 14, "image_size": 336, "projection_dim": 768}
-    large = {"projection_dim": 768, "vision_config": vision, "text_config": {"hidden_size": 768, "projection_dim": 768}}
-    large["text_config"] |= {"num_attention_heads": 12, "intermediate_size": 3072}
     with torch.device("meta"):
-        model = DeOPForOpenVocabularySegmentation(DeOPConfig(clip_config=large))
+        model = DeOPForOpenVocabularySegmentation(DeOPConfig(clip_config=vit_l_14_336()))
     assert model.visual_prompts.input_table.embedding.shape == (27 * 27 + 1, 1024)
     assert model.heatmap_decoder.query_embedding.weight.shape == (100, 768)
     assert model.config.severance_of_blocks().index("mask_gain") == 23
+
+
+@pytest.mark.slow
+def test_vit_l_14_336_at_full_size() -> None:
+    """A picture of 480 x 640 as its processor would give it: 512 x 704 pixels, of which 36 x 50 patches fit."""
+    torch.manual_seed(0)
+    model = DeOPForOpenVocabularySegmentation(DeOPConfig(clip_config=vit_l_14_336())).eval()
+    inputs = DeOPImageProcessor()(images=np.zeros((480, 640, 3), np.uint8), return_tensors="pt")
+    assert inputs["pixel_values"].shape[-2:] == (512, 704)
+    with torch.no_grad():
+        outputs = model(**inputs, text_embeds=torch.randn(20, 768), output_maps=True)
+    assert outputs.maps["heatmaps"].shape == (1, 8, 100, 512 // 14, 704 // 14)
+    assert outputs.class_queries_scores.shape == (1, 100, 20)
+    assert outputs.class_queries_scores.isfinite().all()
+    (label_map,) = DeOPImageProcessor().post_process_semantic_segmentation(outputs, target_sizes=[(480, 640)])
+    assert label_map.shape == (480, 640)
 
 
 class TestPlainCLIP(ModelTesterMixin):

@@ -14,9 +14,10 @@ from transformers import CLIPConfig, SamConfig, SamModel
 
 from ov_segmentation.data.augmentation import build_augmentations
 from ov_segmentation.layers.linear_attention import TextClassAttention
-from ov_segmentation.layers.pseudo_prompts import PseudoPrompts
+from ov_segmentation.layers.pseudo_prompts import PseudoPrompts, generate_pseudo_prompts
 from ov_segmentation.layers.sam_blocks import PseudoPromptEncoder, SAMBlock, load_sam_parts
-from ov_segmentation.models.esc_net.blocks import chunk_bounds
+from ov_segmentation.losses import SeededDraws
+from ov_segmentation.models.esc_net.chunks import chunk_bounds, classes_in, kept_classes, labelled_first
 from ov_segmentation.models.esc_net.configuration_esc_net import ESCNetConfig
 from ov_segmentation.models.esc_net.image_processing_esc_net import ESCNetImageProcessor
 from ov_segmentation.models.esc_net.modeling_esc_net import REJECTED, ESCNetForOpenVocabularySegmentation
@@ -83,6 +84,11 @@ def tiny_sam(seed: int = 2) -> SamModel:
 
 class TestESCNet(ModelTesterMixin, FromCLIPTesterMixin, PipelineTesterMixin):
     name = "ESCNet"
+    export_config: ClassVar = {"class_chunk_size": None}
+    kept_in_float32: ClassVar = {
+        "clip.logit_scale",
+        "prompt_encoder.encoder.shared_embedding.positional_embedding",
+    }
     wrong_values: ClassVar = {"num_objects": "five", "sam_block_indices": 4, "refined_feature_aggregation": "max"}
     clip_values: ClassVar = {**SMALL, "sam_config": SAM}
 
@@ -151,7 +157,7 @@ class TestESCNet(ModelTesterMixin, FromCLIPTesterMixin, PipelineTesterMixin):
     def test_nothing_larger_than_a_chunk_is_computed(self, limit: dict[str, Any]) -> None:
         model = self.model(class_chunk_size=40, sam_block_indices=(0,))
         sizes: list[int] = []
-        modules = [model.cost_embedding, *model.decoder, model.head]
+        modules = [model.cost_embedding, *model.decoder]
         for block in model.blocks:
             modules += [block.sam, block.refinement, block.classes]
             # the guided Swin blocks take `[pictures, classes, positions, C]`
@@ -238,6 +244,65 @@ class TestESCNet(ModelTesterMixin, FromCLIPTesterMixin, PipelineTesterMixin):
         assert [tuple(skip.shape) for skip in state.skips] == [(1, 8, 16, 16), (1, 4, 32, 32)]
         assert shapes == {"neck": (1, 64, 32), "0": (3, 16, 16, 32), "1": (3, 32, 32, 16)}
         assert outputs.logits.shape == (1, 3, 32, 32)
+
+    @torch.no_grad()
+    def test_forward_is_its_formulas(self) -> None:
+        """Class by class, with concatenations and sums written out; chunks, pieces and shared parts aside."""
+        model, grid = self.model(), (8, 8)
+        text = self.text(model, 4)
+        outputs = model(**self.pictures(), text_embeds=text, output_maps=True, output_hidden_states=True)
+        state = model.encode_image(**self.pictures())
+        neck = model.sam_neck
+        projected = state.dense_features[0].flatten(1).T @ neck.projection.weight.T
+        variance, mean = torch.var_mean(projected, dim=1, correction=0, keepdim=True)
+        image = (projected - mean) / (variance + 1e-6).sqrt() * neck.norm.weight + neck.norm.bias
+        torch.testing.assert_close(state.sam_features[0], image, rtol=0, atol=1e-5)
+        guidance = model.text_projection(text).relu()
+        positions = model.prompt_encoder.position_embeddings()
+        for k in range(4):
+            cosines = outputs.maps["correlation"][:1, k]
+            embedded = model.cost_embedding(cosines[None])[0].flatten(1).T
+            torch.testing.assert_close(outputs.hidden_states[0][0, k], embedded, rtol=0, atol=1e-5)
+            keys = image[None]
+            for i, block in enumerate(model.blocks):
+                before, after = (outputs.hidden_states[i + j][0, k] for j in (0, 1))
+                maps = cosines if i == 0 else (before @ block.prompt_map.weight[0]).view(1, *grid)
+                prompts = generate_pseudo_prompts(maps, 5, 1.0, 0.5, 10)
+                sparse, dense = model.prompt_encoder(prompts)
+                queries = torch.cat([model.text_token(text[k])[None, None], sparse], dim=1)
+                keys = block.sam(keys + dense, queries, positions)
+                refined = keys[0] @ block.refinement.weight.T + block.refinement.bias
+                fused = block.spatial(before[None, None], refined[None, None], grid)[0]
+                expected = block.classes(fused, block.classes.class_sums(guidance))[0]
+                torch.testing.assert_close(after, expected, rtol=0, atol=1e-5)
+            logits = self.decoded(model, outputs.hidden_states[-1][0, k].T.view(1, 32, *grid), state.skips)
+            torch.testing.assert_close(outputs.logits[0, k], logits, rtol=0, atol=1e-5)
+
+    @staticmethod
+    def decoded(
+        model: ESCNetForOpenVocabularySegmentation, maps: torch.Tensor, skips: tuple[torch.Tensor, ...]
+    ) -> torch.Tensor:
+        """Twice: bilinear x 2, [maps, skip], 3 x 3 convolution, norm in groups of 16 channels, ReLU, and all but the
+        upsampling again; then a 3 x 3 convolution to one channel."""
+        for stage, skip in zip(model.decoder, skips, strict=True):
+            maps = torch.cat([F.interpolate(maps, scale_factor=2, mode="bilinear"), skip], dim=1)
+            for conv, norm in ((stage.conv1, stage.norm1), (stage.conv2, stage.norm2)):
+                maps = F.conv2d(maps, conv.weight, conv.bias, padding=1)
+                maps = F.group_norm(maps, maps.shape[1] // 16, norm.weight, norm.bias).relu()
+        return F.conv2d(maps, model.head.weight, model.head.bias, padding=1)[0, 0]
+
+    @torch.no_grad()
+    def test_skips_are_upsampled_and_convolved_maps_of_the_tower(self) -> None:
+        model, seen = self.model(), {}
+        for index in model.config.skip_layers:
+            layer = model.clip.vision_model.encoder.layers[index]
+            layer.register_forward_hook(lambda _, __, out, i=index: seen.update({i: out}))
+        state = model.encode_image(**self.pictures())
+        for skip, index, scale, module in zip(state.skips, (0, 2), (2, 4), model.skips, strict=True):
+            maps = seen[index][:, 1:].transpose(1, 2).unflatten(2, (8, 8))
+            larger = F.interpolate(maps, scale_factor=scale, mode="bilinear")
+            expected = F.conv2d(larger, module.projection.weight, module.projection.bias, padding=1).relu()
+            torch.testing.assert_close(skip, expected, rtol=0, atol=1e-5)
 
     # ------------------------------------------------------------------ records
 
@@ -329,6 +394,27 @@ class TestESCNet(ModelTesterMixin, FromCLIPTesterMixin, PipelineTesterMixin):
         for ignore_as_negative, loss in expected.items():
             model.config.ignore_as_negative = ignore_as_negative
             torch.testing.assert_close(model(**inputs).loss, loss)
+
+    def test_classes_of_the_labels_come_first_in_training(self) -> None:
+        """Of those that are left, logits and loss are the same as among all; the rest counts as rejected."""
+        model = self.model(train_max_classes=4).train()
+        inputs = {**self.pictures(2), "text_embeds": self.text(model, 12)}
+        labels = torch.zeros(2, *self.picture_size, dtype=torch.long)
+        labels[0, :9], labels[1] = 1, 7
+        seeded = {**inputs, "labels": labels, "sample_seeds": torch.tensor([3, 4])}
+        outputs, everything = (model(**seeded, max_classes=limit) for limit in ("config", None))
+        kept = outputs.kept_classes
+        assert kept.sum(dim=1).tolist() == [4, 4]
+        assert kept[0, :2].all()
+        assert kept[1, 7]
+        torch.testing.assert_close(outputs.logits[kept], everything.logits[kept], rtol=0, atol=1e-5)
+        assert (outputs.logits[~kept] == REJECTED).all()
+        assert 0 < outputs.loss < 1
+        assert torch.equal(model(**seeded).kept_classes, kept)
+        # labels say nothing about what is predicted
+        evaluated = model.eval()(**inputs, labels=labels, max_classes=4).kept_classes
+        assert torch.equal(evaluated, model(**inputs, max_classes=4).kept_classes)
+        assert model(**inputs).kept_classes is None
 
     def test_no_loss_on_views_and_no_rejection_in_training(self) -> None:
         model = self.model().train()
@@ -434,12 +520,14 @@ class TestESCNet(ModelTesterMixin, FromCLIPTesterMixin, PipelineTesterMixin):
             ({"prompt_threshold": 0.0}, "prompt_threshold"),
             ({"prompt_temperature": -1}, "prompt_temperature"),
             ({"num_objects": 0}, "num_objects"),
+            ({"num_objects": 256}, "at most 255"),
             ({"kmeans_iterations": -1}, "kmeans_iterations"),
             ({"sam_block_indices": (0, 2)}, "0 or 1"),
             ({"sam_block_indices": ()}, "0 or 1"),
             ({"sam_config": {**SAM, "prompt_encoder_config": {"hidden_size": 64}}}, "must be equal"),
             ({"rejection_top_k": 0}, "rejection_top_k"),
             ({"class_chunk_size": 0}, "class_chunk_size"),
+            ({"train_max_classes": 0}, "train_max_classes"),
             ({"rejection_top_k": 8, "refined_feature_aggregation": "mean"}, "depends on all others"),
         ],
         ids=str,
@@ -500,7 +588,9 @@ def test_a_block_computes_what_it_does_inside_of_sam() -> None:
     assert torch.equal(queries, inputs["query_point_embedding"])
     found = blocks[0](inputs["keys"][:, 0], queries[:, 0], wide[0].flatten(1).T)
     torch.testing.assert_close(found, keys[:, 0], rtol=0, atol=1e-6)
-    inputs, _ = seen[1]
+    inputs, outputs = seen[1]
+    for value, expected in zip(blocks[1].block(**inputs), outputs, strict=True):
+        torch.testing.assert_close(value, expected, rtol=0, atol=1e-6)
     again = {**inputs, "queries": queries, "query_point_embedding": queries}
     _, keys, _ = sam.mask_decoder.transformer.layers[1](**again)
     found = blocks[1](inputs["keys"][:, 0], queries[:, 0], wide[0].flatten(1).T)
@@ -587,6 +677,29 @@ def test_chunks_cover_every_pair(counts: list[int], size: int | None) -> None:
         assert [(rows[part] == row).sum() for row in range(used.start, used.stop)] == shares
         assert sum(shares) == part.stop - part.start
     assert covered == list(range(sum(counts)))
+
+
+def test_classes_of_labels_by_hand() -> None:
+    labels = torch.tensor([[[-100, 2], [2, 0]], [[-1, -1], [-1, -1]]])
+    assert classes_in(labels, 4).tolist() == [[True, False, True, False], [False] * 4]
+    cost = torch.tensor([[0.1, 0.5, 0.2, 0.9]])[:, :, None, None]
+    order = torch.tensor([[1.5, 0.7, 0.1, 0.2]])
+    assert kept_classes(cost, None, 2).tolist() == [[False, True, False, True]]
+    assert kept_classes(cost, None, 2, order).tolist() == [[True, True, False, False]]
+    assert kept_classes(cost, None, 4, order) is None
+
+
+def test_classes_beside_those_of_the_labels_are_drawn_evenly() -> None:
+    labels = torch.tensor([1, 4]).repeat(500)[:, None, None].expand(-1, 2, 2)
+    order = labelled_first(labels, 6, SeededDraws(torch.arange(1000)))
+    kept = kept_classes(torch.rand(1000, 6, 1, 1), None, 3, order)
+    assert (kept.sum(dim=1) == 3).all()
+    for row, label in ((0, 1), (1, 4)):
+        share = kept[row::2].float().mean(dim=0)
+        assert share[label] == 1
+        # two of the five others
+        others = share[torch.arange(6) != label]
+        assert ((others - 0.4).abs() < 0.1).all()
 
 
 def test_published_sizes() -> None:

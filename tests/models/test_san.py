@@ -23,7 +23,7 @@ from ov_segmentation.models.san.modeling_san import SANForOpenVocabularySegmenta
 from ov_segmentation.profiling import count_model
 from tests.mixins.conversion import ConversionTesterMixin
 from tests.mixins.model import FromCLIPTesterMixin, ModelTesterMixin
-from tests.tiny import TOKENIZER, tiny_clip_config
+from tests.tiny import tiny_clip_config
 
 FIXTURES = Path(__file__).parent.parent / "fixtures" / "san"
 SMALL_SIDE = {
@@ -310,15 +310,6 @@ class TestSANConversion(ConversionTesterMixin):
     def test_a_clip_checkpoint_is_refused(self) -> None:
         with pytest.raises(ValueError, match="clip_checkpoint"):
             self.rules.convert(self.checkpoint, self.config(), self.checkpoint)
-
-    def test_uploads_the_folder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        calls = []
-        monkeypatch.setattr(conversion_cli.HfApi, "create_repo", lambda self, repo, **_: calls.append(repo))
-        monkeypatch.setattr(conversion_cli.HfApi, "upload_folder", lambda self, **values: calls.append(values))
-        TOKENIZER.save_pretrained(tmp_path / "tokenizer")
-        hub = ["--tokenizer", str(tmp_path / "tokenizer"), "--push-to-hub", "somebody/san"]
-        conversion_cli.main("san", [*self.arguments(tmp_path), *hub])
-        assert calls == ["somebody/san", {"repo_id": "somebody/san", "folder_path": tmp_path / "out"}]
 
 
 def test_the_script_says_what_is_wrong_without_a_traceback(tmp_path: Path) -> None:

@@ -46,6 +46,8 @@ PLAIN = {**tiny_clip_config()["vision_config"], "model_type": "clip_vision_model
 
 class TestSED(ModelTesterMixin, PipelineTesterMixin):
     name = "SED"
+    export_config: ClassVar = {"class_chunk_size": None}
+    kept_in_float32: ClassVar = set()
     wrong_values: ClassVar = {"rejection_top_k": "eight", "feature_fusion": "all", "kernel_sizes": 9}
 
     def config_values(self) -> dict[str, Any]:

@@ -6,6 +6,10 @@ import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+SCORES_AT_ONCE = 2**21
+LEAST_QUERIES = 64
+LEAST_TOKENS = 192
+
 
 def eager_attention(
     module: nn.Module,
@@ -48,10 +52,52 @@ def attend(
     Returns:
         `[B, Q, heads * d]`, and the weights `[B, heads, Q, T]` where the implementation gives them (eager).
     """
+    if implementation == "sdpa" and not dropout and prefers_tiles(query):
+        return tiled_attention(query, key, value, bias).transpose(1, 2).flatten(2), None
     interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention)
     bias = None if bias is None else bias.to(query.dtype)
     out, weights = interface(module, query, key, value, bias, scaling=query.shape[-1] ** -0.5, dropout=dropout)
     return out.flatten(2), weights
+
+
+def prefers_tiles(tensor: torch.Tensor) -> bool:
+    """Whether `tiled_attention` of `[..., tokens, channels]` is the faster: bfloat16 on a CPU, without gradients."""
+    on_cpu = tensor.device.type == "cpu" and tensor.dtype == torch.bfloat16
+    return (
+        on_cpu
+        and tensor.shape[-2] >= LEAST_TOKENS
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+    )
+
+
+def tiled_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """The formula for some heads and queries at a time, so that their scores stay in the processor's caches.
+
+    Up to twice as fast in bfloat16 as torch's fused attention, whose small products leave the processor's bfloat16
+    instructions unused. Scores are rounded to bfloat16, as in eager attention. Arguments as for `attend`.
+
+    Returns:
+        `[B, heads, Q, d]`.
+    """
+    shape, num_queries, num_keys = query.shape[:3], query.shape[2], key.shape[2]
+    keys = (key * key.shape[-1] ** -0.5).transpose(-1, -2).flatten(0, 1)
+    queries, values = query.flatten(0, 1), value.flatten(0, 1)
+    bias = None if bias is None else bias.expand(*shape, num_keys).flatten(0, 1)
+    heads_at_once = max(1, SCORES_AT_ONCE // (num_queries * num_keys))
+    queries_at_once = max(LEAST_QUERIES, SCORES_AT_ONCE // (heads_at_once * num_keys))
+    result = torch.empty(len(queries), num_queries, values.shape[-1], dtype=value.dtype)
+    for first in range(0, len(queries), heads_at_once):
+        heads = slice(first, first + heads_at_once)
+        for start in range(0, num_queries, queries_at_once):
+            rows = slice(start, start + queries_at_once)
+            scores = queries[heads, rows] @ keys[heads]
+            if bias is not None:
+                scores += bias[heads, rows]
+            result[heads, rows] = scores.softmax(dim=-1) @ values[heads]
+    return result.view(*shape, -1)
 
 
 def split_heads(tokens: torch.Tensor, num_heads: int) -> torch.Tensor:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.functional import interpolate
 from transformers import CLIPVisionModel
 
-from .attention import attend, split_heads
+from .attention import attend, prefers_tiles, split_heads
 
 
 def resize_position_grid(positions: torch.Tensor, old: tuple[int, int], new: tuple[int, int]) -> torch.Tensor:
@@ -46,11 +46,26 @@ def embed_patches(vision_model: CLIPVisionModel, pixel_values: torch.Tensor) -> 
     return vision_model.pre_layrnorm(tokens + clip_position_embedding(vision_model, grid)), grid
 
 
+def run_block(layer: nn.Module, tokens: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """One of CLIP's blocks: `[B, T, D]` -> `[B, T, D]`; `bias`: see `attend`."""
+    return run_block_with_weights(layer, tokens, bias)[0] if prefers_tiles(tokens) else layer(tokens, bias)
+
+
+def run_block_with_weights(
+    layer: nn.Module, tokens: torch.Tensor, bias: torch.Tensor | None = None, num_queries: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The same through `attend`, with the attention weights it gives; of the first `num_queries` tokens, None: all."""
+    normed = layer.layer_norm1(tokens)
+    attended, weights = attend_to(layer.self_attn, normed[:, :num_queries], normed, bias)
+    tokens = tokens[:, :num_queries] + attended
+    return tokens + layer.mlp(layer.layer_norm2(tokens)), weights
+
+
 def run_blocks(layers: nn.ModuleList, tokens: torch.Tensor, bias: torch.Tensor | None = None) -> list[torch.Tensor]:
     """`tokens` `[B, T, D]` and the output of each of CLIP's `layers` after it; `bias`: see `attend`."""
     outputs = [tokens]
     for layer in layers:
-        outputs.append(layer(outputs[-1], bias))
+        outputs.append(run_block(layer, outputs[-1], bias))
     return outputs
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import CLIPModel
 
-from .clip_vision import attend_to, embed_patches
+from .clip_vision import embed_patches, run_block, run_block_with_weights
 
 
 class DenseCLIPFeatures(NamedTuple):
@@ -51,13 +51,6 @@ def value_path_block(layer: nn.Module, hidden: torch.Tensor, residual: str) -> t
     return hidden + layer.mlp(layer.layer_norm2(hidden))
 
 
-def _block_with_weights(layer: nn.Module, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    normed = layer.layer_norm1(hidden)
-    attended, weights = attend_to(layer.self_attn, normed, normed, None)
-    hidden = hidden + attended
-    return hidden + layer.mlp(layer.layer_norm2(hidden)), weights
-
-
 def _to_map(tokens: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
     """Tokens, class token first, `[R, 1 + h * w, C]` -> `[R, C, h, w]`, the class token dropped."""
     return tokens[:, 1:].transpose(1, 2).unflatten(2, grid)
@@ -85,10 +78,10 @@ def dense_clip_features(
     *blocks, last = vision.encoder.layers
     for index, block in enumerate(blocks):
         if output_attentions:
-            hidden, weights = _block_with_weights(block, hidden)
+            hidden, weights = run_block_with_weights(block, hidden)
             attentions.append(weights)
         else:
-            hidden = block(hidden, None)
+            hidden = run_block(block, hidden)
         if index in skip_layers:
             skips[index] = _to_map(hidden, grid)
     hidden = value_path_block(last, hidden, residual)

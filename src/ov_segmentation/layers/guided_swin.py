@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from transformers import PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .attention import attend, split_heads
-from .guided import guided_linear
 from .pieces import in_pieces
 
 # what the original adds to the logits of pairs that the cyclic shift brought together
@@ -69,29 +69,31 @@ class GuidedWindowAttention(nn.Module):
         self.value = nn.Linear(channels, channels)
         self.projection = nn.Linear(channels, channels)
 
-    def forward(
-        self, windows: torch.Tensor, guidance: torch.Tensor, attention_mask: torch.Tensor | None
-    ) -> torch.Tensor:
+    def shares(self, guidance: torch.Tensor) -> torch.Tensor:
+        """What the guidance `[..., G]` adds to queries and keys side by side: `[..., 2 C]`."""
+        channels = self.value.in_features
+        return F.linear(guidance, torch.cat([part.weight[:, channels:] for part in (self.query, self.key)]))
+
+    def forward(self, windows: torch.Tensor, shares: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
         """Attend.
 
         Args:
             windows: `[R, T, W, S, C]`: R pictures of T classes, W windows of S positions.
-            guidance: `[R, 1 or T, W, S, G]`.
+            shares: `[R, 1 or T, W, S, 2 C]`, of the guidance.
             attention_mask: additive, `[W, 1, S, S]`, or None.
 
         Returns:
             same shape as `windows`.
         """
-        query = self._heads(guided_linear(self.query, windows, guidance))
-        key = self._heads(guided_linear(self.key, windows, guidance))
-        value = self._heads(self.value(windows))
+        channels, parts = windows.shape[-1], (self.query, self.key, self.value)
+        weight = torch.cat([part.weight[:, :channels] for part in parts])
+        packed = F.linear(windows, weight, torch.cat([part.bias for part in parts]))
+        packed[..., : 2 * channels] += shares
+        query, key, value = (split_heads(part.flatten(0, 2), self.num_heads) for part in packed.chunk(3, dim=-1))
         if attention_mask is not None:
-            attention_mask = attention_mask.repeat(len(query) // len(attention_mask), 1, 1, 1)
+            attention_mask = attention_mask.repeat(query.shape[0] // attention_mask.shape[0], 1, 1, 1)
         mixed, _ = attend(self, query, key, value, attention_mask, self.config._attn_implementation)
         return self.projection(mixed.view(windows.shape))
-
-    def _heads(self, windows: torch.Tensor) -> torch.Tensor:
-        return split_heads(windows.flatten(0, 2), self.num_heads)
 
 
 class GuidedSwinBlock(GradientCheckpointingLayer):
@@ -124,22 +126,27 @@ class GuidedSwinBlock(GradientCheckpointingLayer):
         order = window_order(grid, window, shift, features.device)
         mask = shifted_window_mask(grid, window, shift, features.device, features.dtype) if shift else None
         tiles, back = (-1, window * window), order.argsort()
-        guidance = guidance[:, :, order].unflatten(2, tiles)
 
-        def run(some: torch.Tensor, guides: torch.Tensor) -> torch.Tensor:
+        def shares(guides: torch.Tensor) -> torch.Tensor:
+            return self.attention.shares(guides.index_select(2, order)).unflatten(2, tiles)
+
+        def run(some: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
             # the whole block works window by window, so that positions are moved only twice
-            windows = some[:, :, order].unflatten(2, tiles)
-            windows = windows + self.attention(self.norm1(windows), guides, mask)
+            windows = some.index_select(2, order).unflatten(2, tiles)
+            windows = windows + self.attention(self.norm1(windows), shares, mask)
             windows = windows + self.fc2(self.act(self.fc1(self.norm2(windows))))
-            return windows.flatten(2, 3)[:, :, back]
+            return windows.flatten(2, 3).index_select(2, back)
 
-        if len(features) > 1:
-            return run(features, guidance)
+        if features.shape[0] > 1:
+            return run(features, shares(guidance))
         # the classes of one picture, a few at a time
         size = features.shape[2] * self.fc1.out_features
         if guidance.shape[1] == 1:
-            return in_pieces(lambda some: run(some[None], guidance)[0], size, features[0])[None]
-        return in_pieces(lambda some, guides: run(some[None], guides[None])[0], size, features[0], guidance[0])[None]
+            shared = shares(guidance)
+            return in_pieces(lambda some: run(some[None], shared)[0], size, features[0])[None]
+        return in_pieces(lambda some, guides: run(some[None], shares(guides[None]))[0], size, features[0], guidance[0])[
+            None
+        ]
 
 
 class GuidedSwinPair(nn.Module):

@@ -1,10 +1,11 @@
 """Classification anchors: for each proposal, where in CLIP's map its class can be read best.
 
-Source: Han et al., DeOP (2023), section 3.3 (classification anchor learning, equation 3).
+Source: Han et al., DeOP (2023), section 3.3 (classification anchor learning, equations 3 and 4).
 """
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -124,3 +125,49 @@ class HeatmapDecoder(nn.Module):
             queries = layer(queries, None, positions, query_positions, memory)
         heatmaps = self.heatmap_layer(queries, query_positions, memory, positions) * masks.flatten(2)[:, None]
         return Anchors(heatmaps, pool_by_heatmaps(memory, heatmaps))
+
+
+class ConvolutionalHeatmapDecoder(nn.Module):
+    """Heatmaps from convolutions in place of queries (equation 4): softmax over all positions, times the mask.
+
+    The published code has no such decoder, so the layout is ours: as the query decoder has one learned query for each
+    proposal, the last of `num_layers` + 1 convolutions has one output channel for each heatmap of each proposal; the
+    ones before keep `hidden_size` channels and end in a ReLU. All keep the resolution (zero padding); none knows of
+    positions or of the masks.
+
+    Args:
+        size: D, width of CLIP's joint space.
+        num_queries: N, proposals.
+        num_layers: convolutions before the last one.
+        num_heatmaps: heatmaps per proposal, each pooling its share of the channels.
+        hidden_size: channels between the convolutions.
+        kernel_size: odd.
+        dropout: on the heatmaps, as the query decoder has it.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        num_queries: int,
+        num_layers: int,
+        num_heatmaps: int,
+        hidden_size: int,
+        kernel_size: int,
+        dropout: float,
+    ) -> None:
+        super().__init__()
+        self.num_heatmaps = num_heatmaps
+        widths = [size] + [hidden_size] * num_layers + [num_queries * num_heatmaps]
+        self.layers = nn.ModuleList(
+            nn.Conv2d(inputs, outputs, kernel_size, padding=kernel_size // 2) for inputs, outputs in pairwise(widths)
+        )
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, features: torch.Tensor, masks: torch.Tensor) -> Anchors:
+        """Anchors of proposals, see `HeatmapDecoder`."""
+        hidden = features
+        for layer in self.layers[:-1]:
+            hidden = layer(hidden).relu()
+        scores = self.layers[-1](hidden).flatten(2).unflatten(1, (self.num_heatmaps, -1))
+        heatmaps = self.dropout(scores.softmax(dim=-1)) * masks.flatten(2)[:, None]
+        return Anchors(heatmaps, pool_by_heatmaps(features.flatten(2).transpose(1, 2), heatmaps))

@@ -10,6 +10,11 @@ from typing import NamedTuple
 
 import torch
 
+# labels are uint8 on the way
+MAX_CLUSTERS = 255
+# label of the pixels outside of a mask
+OUTSIDE = MAX_CLUSTERS
+
 
 class Clusters(NamedTuple):
     """Clusters of N masks over S positions, k in each.
@@ -65,7 +70,7 @@ def kmeans(
     Args:
         coordinates: `[S, 2]`; sums over pixels are exact if they are integers.
         masks: `[N, S]` bool, at least one pixel each.
-        centres: `[N, k, 2]` to start with.
+        centres: `[N, k, 2]` to start with; k at most `MAX_CLUSTERS`.
         valid: `[N, k]` bool: centres that take part; at least one per mask.
         iterations: of both steps; then pixels are assigned once more.
 
@@ -75,19 +80,25 @@ def kmeans(
     """
 
     def nearest(centres: torch.Tensor) -> torch.Tensor:
-        distances = squared_distances(coordinates, centres)
-        return distances.masked_fill(~valid[..., None], torch.inf).argmin(dim=1)
+        """`[N, S]` uint8, centre by centre: a comparison costs a fraction of a reduction over a short dimension."""
+        closest = squared_distances(coordinates, centres[:, :1])[:, 0]
+        labels = torch.zeros_like(closest, dtype=torch.uint8)
+        for index in range(1, centres.shape[1]):
+            distances = squared_distances(coordinates, centres[:, index, None])[:, 0]
+            labels.masked_fill_(distances < closest, index)
+            closest = torch.minimum(closest, distances)
+        return labels.masked_fill_(~masks, OUTSIDE)
 
-    def owned(labels: torch.Tensor) -> torch.Tensor:
-        """`[N, k, S]` bool."""
-        clusters = torch.arange(centres.shape[1], device=labels.device)
-        return (labels[:, None] == clusters[:, None]) & masks[:, None]
-
-    for _ in range(iterations):
-        members = owned(nearest(centres)).to(coordinates.dtype)
-        counts = members.sum(dim=2, keepdim=True)
-        # no matrix product: autocast would run it in half precision
-        sums = torch.stack([(members * along).sum(dim=2) for along in coordinates.unbind(dim=1)], dim=2)
-        centres = torch.where(counts > 0, sums / counts.clamp(min=1), centres)
+    clusters = torch.arange(centres.shape[1], device=masks.device, dtype=torch.uint8)[:, None]
+    with_one = torch.cat([coordinates, torch.ones_like(coordinates[:, :1])], dim=1)
+    # infinitely far from everything
+    centres = centres.masked_fill(~valid[..., None], torch.inf)
+    # autocast would run the sums over pixels, a matrix product, in half precision
+    with torch.autocast(masks.device.type, enabled=False):
+        for _ in range(iterations):
+            members = (nearest(centres)[:, None] == clusters).to(coordinates.dtype)
+            sums, counts = (members @ with_one).split((2, 1), dim=2)
+            centres = torch.where(counts > 0, sums / counts.clamp(min=1), centres)
     labels = nearest(centres)
-    return Clusters(labels.masked_fill(~masks, -1), centres, owned(labels).any(dim=2))
+    owned = (labels[:, None] == clusters).any(dim=2)
+    return Clusters(labels.long().masked_fill_(~masks, -1), centres, owned)

@@ -6,10 +6,19 @@ SimBaseline (Xu et al., 2022, section 3.3) and DeOP (Han et al., 2023, section 3
 
 from __future__ import annotations
 
+import json
+import os
+from pathlib import Path
+
 import torch
+from safetensors import safe_open
 from torch import nn
 from transformers import CLIPTextModel
 from transformers.masking_utils import create_causal_mask
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils.hub import cached_file
+
+CONTEXT = "text_prompt.context"
 
 
 class LearnedPrompt(nn.Module):
@@ -50,10 +59,43 @@ class LearnedPrompt(nn.Module):
         return projection(_run_text_model(text_model, embeds)[rows, ends])
 
 
+def read_learned_prompt(source: str | os.PathLike) -> tuple[torch.Tensor, int]:
+    """The context vectors `[M, W]` of a saved model, and the token of its full stop.
+
+    Args:
+        source: folder or Hub id of a model of ours with a `text_prompt`, for instance of DeOP's first training stage.
+
+    Raises:
+        ValueError: the model has none.
+        OSError: there is no such model.
+    """
+    config = json.loads(Path(cached_file(source, CONFIG_NAME)).read_text(encoding="utf-8"))
+    with safe_open(cached_file(source, SAFE_WEIGHTS_NAME), "pt") as weights:
+        if CONTEXT not in weights.keys():  # noqa: SIM118 - not a mapping
+            raise ValueError(f"{source} has no learned text prompt (no {CONTEXT} among its weights).")
+        return weights.get_tensor(CONTEXT).float(), config["dot_token_id"]
+
+
 class LearnedPromptMixin:
     """The text side of a model whose `text_prompt` is a `LearnedPrompt`, or None: then templates are all there is."""
 
     text_prompt: LearnedPrompt | None
+
+    @torch.no_grad()
+    def load_text_prompt(self, context: torch.Tensor) -> None:
+        """Take over context vectors `[M, W]` that were learned around the same CLIP.
+
+        Raises:
+            ValueError: another number or width than the model's.
+        """
+        own = None if self.text_prompt is None else self.text_prompt.context
+        if own is None or own.shape != context.shape:
+            found = "none" if own is None else f"{own.shape[0]} of width {own.shape[1]}"
+            raise ValueError(
+                f"The learned prompt has {context.shape[0]} context vectors of width {context.shape[1]}, the model "
+                f"takes {found}: it has to be learned around the same CLIP."
+            )
+        own.copy_(context)
 
     def _text_parameters(self) -> list[nn.Parameter]:
         own = [] if self.text_prompt is None else [self.text_prompt.context]

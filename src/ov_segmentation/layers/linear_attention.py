@@ -72,7 +72,7 @@ class ClassLayer(GradientCheckpointingLayer):
 
     def _split_heads(self, features: torch.Tensor) -> torch.Tensor:
         """`[N, S, C]` -> `[N, S * heads, d]`."""
-        return features.view(len(features), -1, self.channels // self.num_heads)
+        return features.view(features.shape[0], -1, self.channels // self.num_heads)
 
     def _add_mlp(self, tokens: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
         tokens = tokens + attended
@@ -196,6 +196,6 @@ def add_pooled(features: torch.Tensor, tokens: torch.Tensor, pooling: int) -> to
     if pooling == 1:
         return features + tokens.view(features.shape)
     height, width = features.shape[1:3]
-    pooled = tokens.view(len(tokens), height // pooling, width // pooling, -1).permute(0, 3, 1, 2)
+    pooled = tokens.view(tokens.shape[0], height // pooling, width // pooling, -1).permute(0, 3, 1, 2)
     resized = F.interpolate(pooled, (height, width), mode="bilinear", align_corners=True)
     return features + resized.permute(0, 2, 3, 1)

@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.functional import avg_pool2d
 from transformers import CLIPVisionModel
 
-from .clip_vision import clip_position_embedding
+from .clip_vision import clip_position_embedding, run_block, run_block_with_weights
 
 
 def condense_masks(masks: torch.Tensor, patch_size: int) -> torch.Tensor:
@@ -95,5 +95,8 @@ def encode_crops(
             fresh = deep_prompts.embedding[index].to(tokens.dtype).expand(len(tokens), -1, -1)
             used = 0 if index == 0 else fresh.shape[1]
             tokens = torch.cat([tokens[:, :1], fresh, tokens[:, 1 + used :]], dim=1)
-        tokens = layer(tokens, None)
+        if index == len(vision_model.encoder.layers) - 1 and not torch.is_grad_enabled():
+            tokens, _ = run_block_with_weights(layer, tokens, num_queries=1)  # nothing else is read
+        else:
+            tokens = run_block(layer, tokens)
     return projection(vision_model.post_layernorm(tokens[:, 0]))

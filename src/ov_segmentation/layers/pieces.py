@@ -24,7 +24,8 @@ def in_pieces(
     """
     first = next(tensor for tensor in tensors if tensor is not None)
     at_once = max(1, ELEMENTS_PER_PIECE // elements_per_item)
-    if first.device.type != "cpu" or len(first) <= at_once or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    # a compiler comes first: the number of items may be one that it keeps open
+    if torch.compiler.is_compiling() or first.device.type != "cpu" or torch.is_grad_enabled() or len(first) <= at_once:
         return function(*tensors)
     result = None
     for start in range(0, len(first), at_once):

@@ -67,7 +67,8 @@ class PseudoPromptEncoder(nn.Module):
             sparse.append(embedded[:, :-1] if "boxes" in self.prompt_types else embedded)
         if "boxes" in self.prompt_types:
             sparse.append(self._embed_boxes(prompts))
-        return torch.cat(sparse, dim=1) if sparse else None, dense.flatten(2).transpose(1, 2)
+        # the table of positions may be kept in float32
+        return torch.cat(sparse, dim=1).to(dense.dtype) if sparse else None, dense.flatten(2).transpose(1, 2)
 
     def _embed_boxes(self, prompts: PseudoPrompts) -> torch.Tensor:
         """`[N, 2 n, C]`; transformers has no label for a box that is not there: its corners are no points."""
@@ -84,23 +85,26 @@ class PseudoPromptEncoder(nn.Module):
             for side in self.encoder.image_embedding_size
         )
         y, x = torch.meshgrid(rows, columns, indexing="ij")
-        return self.encoder.shared_embedding(torch.stack([x, y], dim=-1)).flatten(0, 1)
+        embeddings = self.encoder.shared_embedding(torch.stack([x, y], dim=-1)).flatten(0, 1)
+        return embeddings.to(self.encoder.no_mask_embed.weight.dtype)
+
+    def unused_parts(self) -> list[str]:
+        """Names of modules that are not trained: the random table of positions, as in SAM, and embeddings of prompts
+        that are not used (`point_embed`: negative and positive points, then corners of boxes)."""
+        masks, points, boxes = (kind in self.prompt_types for kind in ("masks", "points", "boxes"))
+        uses = {
+            "encoder.shared_embedding": False,
+            "encoder.mask_embed": masks,
+            "encoder.no_mask_embed": not masks,
+            "encoder.not_a_point_embed": points or boxes,
+            **{f"encoder.point_embed.{i}": used for i, used in enumerate((False, points, boxes, boxes))},
+        }
+        return [name for name, used in uses.items() if not used]
 
     def freeze_unused(self) -> None:
-        """Freeze the random table of positions, as in SAM, and embeddings of prompts that are not used."""
-        self.encoder.shared_embedding.requires_grad_(False)
-        negative, positive, *corners = self.encoder.point_embed
-        masks, points, boxes = (kind in self.prompt_types for kind in ("masks", "points", "boxes"))
-        for module, used in (
-            (self.encoder.mask_embed, masks),
-            (self.encoder.no_mask_embed, not masks),
-            (positive, points),
-            (self.encoder.not_a_point_embed, points or boxes),
-            *((corner, boxes) for corner in corners),
-        ):
-            if not used:
-                module.requires_grad_(False)
-        negative.requires_grad_(False)
+        """Freeze `unused_parts`."""
+        for name in self.unused_parts():
+            self.get_submodule(name).requires_grad_(False)
 
 
 class SAMBlock(GradientCheckpointingLayer):

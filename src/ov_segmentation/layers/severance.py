@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from .clip_vision import attend_to
+from .clip_vision import attend_to, run_block
 
 MODES = ("none", "identity", "mask_gain", "mask_guided")
 
@@ -55,7 +55,7 @@ def severed_block(
         residual_scale: factor on the residual of the attention half.
     """
     if mode == "none" and residual_scale == 1.0:
-        return layer(tokens, None)
+        return run_block(layer, tokens)
     attention, normed = layer.self_attn, layer.layer_norm1(tokens)
     mixed = 0.0
     if mode != "none" and alpha > 0:

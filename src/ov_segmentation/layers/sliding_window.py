@@ -7,11 +7,13 @@ The model sees every view as a picture of its own (row b * V + v); post-processi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional as F
+
+from ..modeling_outputs import ImageState
 
 
 class Windows(NamedTuple):
@@ -78,15 +80,44 @@ def cut_views(
     Returns:
         `[B * V, 3, window, window]`.
     """
-    device = pictures[0].device
-    canvas = torch.cat([resize(picture, canvas_size) for picture in pictures])
-    inside = torch.arange(window, device=device)
-    rows, columns = (
-        torch.tensor(window_offsets(length, window, stride), device=device)[:, None] + inside for length in canvas_size
-    )
-    views = canvas[:, :, rows][..., columns]  # [B, 3, windows down, window, windows across, window]
-    views = views.permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
-    if global_view:
-        whole = torch.cat([resize(picture, (window, window)) for picture in pictures])
-        views = torch.cat([views, whole[:, None]], dim=1)
-    return views.flatten(0, 1)
+    views = list(each_view(pictures, canvas_size, window, stride, global_view))
+    return torch.cat(views)
+
+
+def each_view(
+    pictures: Sequence[torch.Tensor], canvas_size: tuple[int, int], window: int, stride: int, global_view: bool
+) -> Iterator[torch.Tensor]:
+    """The rows of [`cut_views`] `[1, 3, window, window]` one after the other: no more than one canvas is held."""
+    windows = view_boxes(canvas_size, window, stride, global_view=False).tolist()
+    for picture in pictures:
+        canvas = resize(picture, canvas_size)
+        for x0, y0, x1, y1 in windows:
+            yield canvas[..., y0:y1, x0:x1]
+        if global_view:
+            yield resize(picture, (window, window))
+
+
+def encode_each(encode: Callable[..., ImageState], views: Iterable[torch.Tensor], **options: Any) -> ImageState:
+    """The state of all views, encoded one after the other: memory does not grow with their number, and on a processor
+    one at a time is no slower.
+
+    Args:
+        encode: a model's `_encode_image`.
+        views: `[1, 3, h, w]` each, without padding.
+        options: its keywords, `reshaped_input_sizes` excepted.
+    """
+    states = [encode(view, reshaped_input_sizes=torch.tensor([view.shape[-2:]]), **options) for view in views]
+    return type(states[0])(**{name: _joined([state[name] for state in states]) for name in states[0]})
+
+
+def _joined(values: Sequence[Any]) -> Any:
+    """Tensors concatenated, wherever they lie in equal tuples, lists and dicts."""
+    first = values[0]
+    if isinstance(first, torch.Tensor):
+        return torch.cat(list(values))
+    if isinstance(first, Mapping):
+        return {name: _joined([value[name] for value in values]) for name in first}
+    if isinstance(first, (tuple, list)):
+        parts = [_joined(part) for part in zip(*values, strict=True)]
+        return type(first)(*parts) if hasattr(first, "_fields") else type(first)(parts)
+    return first

@@ -39,7 +39,7 @@ class PreparedUpsampling(NamedTuple):
 
     def of_pictures(self, rows: slice) -> PreparedUpsampling:
         """The share of some pictures of the batch."""
-        return self if len(self.shared) == 1 else self._replace(shared=self.shared[rows])
+        return self if self.shared.shape[0] == 1 else self._replace(shared=self.shared[rows])
 
 
 class GuidedUpsampling(GradientCheckpointingLayer):
@@ -74,7 +74,7 @@ class GuidedUpsampling(GradientCheckpointingLayer):
         of_up, of_image, _ = self.conv1.weight.split(self.splits, dim=1)
         if self.up is None:
             if image_guidance is None:
-                return PreparedUpsampling(None, of_up.new_zeros(1, len(of_up), 1, 1))
+                return PreparedUpsampling(None, of_up.new_zeros(1, of_up.shape[0], 1, 1))
             return PreparedUpsampling(None, F.conv2d(image_guidance, of_image, padding=1))
         # [in, out, 4, 4]: what an impulse becomes under the 2 x 2 and then the 3 x 3 convolution
         combined = F.conv2d(self.up.weight, of_up, padding=2)
@@ -102,7 +102,7 @@ class GuidedUpsampling(GradientCheckpointingLayer):
         """
         shared = prepared.shared
         elements = 4 * features.shape[1] * features.shape[2] * self.conv1.out_channels
-        if len(shared) == 1:
+        if shared.shape[0] == 1:
             return in_pieces(lambda f, c: self._run(prepared, f, c, shared), elements, features, class_guidance)
         shared = shared.repeat_interleave(torch.tensor(counts, device=shared.device), dim=0)
         return in_pieces(lambda f, c, s: self._run(prepared, f, c, s), elements, features, class_guidance, shared)

@@ -15,14 +15,14 @@ from transformers import initialization as init
 from ...layers.clip_finetuning import set_trained_clip_parameters
 from ...layers.configuration_dense_clip import settings_for_clip
 from ...layers.correlation import correlation, strongest_classes
-from ...layers.dense_clip import dense_clip_views
+from ...layers.dense_views import encode_views
 from ...layers.guided_swin import GuidedSwinPair
 from ...layers.initialization import init_torch_defaults
 from ...layers.linear_attention import ClassAttention, ClassSums, add_pooled, pool_positions, repeated
-from ...layers.model_views import make_model_views
+from ...layers.one_channel import one_channel
 from ...layers.projected_skip import ProjectedSkip
 from ...layers.upsampling import GuidedUpsampling, PreparedUpsampling
-from ...losses_per_class import per_class_cross_entropy
+from ...losses_per_class import add_per_class_loss
 from ...modeling_base import OpenVocabularySegmentationModel
 from ...modeling_outputs import ImageState, OpenVocabularySegmentationOutput
 from .configuration_cat_seg import CATSegConfig
@@ -109,13 +109,22 @@ class CostAggregationLayer(nn.Module):
 
 
 class CATSegForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
-    """CAT-Seg (Cho et al., CVPR 2024): one logit map per class from aggregated image-text cosines."""
+    """CAT-Seg (Cho et al., CVPR 2024): one logit map per class from aggregated image-text cosines.
+
+    With `class_chunk_size=None` and `max_classes=None` an exported program takes any number of classes.
+    """
 
     config: CATSegConfig
     keeps_prompts = True
     switches = frozenset({"max_classes", "class_attention_pooling", "class_chunk_size"})
     picture_switches = frozenset({"sliding_window", "crop_batch_size"})
     _no_split_modules = ["CLIPEncoderLayer", "GuidedSwinBlock", "ClassAttention", "GuidedUpsampling"]
+    trainable_parts = {
+        "adapter": (r"^(?!clip\.)",),
+        "attention": (r"^clip\..*\.[qv]_proj\.weight$",),
+        "lora": (r"^clip\..*\.[qv]_proj$",),
+    }
+    unread_parameters = (r"^clip\.logit_scale$",)
 
     def __init__(self, config: CATSegConfig) -> None:
         super().__init__(config)
@@ -158,32 +167,16 @@ class CATSegForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
 
     # ------------------------------------------------------------------ picture side
 
-    def _encode_image(
-        self,
-        pixel_values: torch.Tensor,
-        *,
-        for_training: bool,
-        reshaped_input_sizes: torch.Tensor,
-        sliding_window: bool,
-        crop_batch_size: int | None,
-        output_attentions: bool = False,
-        **unused: Any,
-    ) -> CATSegImageState:
-        config = self.config
-        if sliding_window and for_training:
-            raise ValueError("A loss is taken on whole pictures: pass sliding_window=False together with labels.")
-        square, windows = (config.image_size, config.image_size), config.windows if sliding_window else None
-        views = make_model_views(pixel_values, reshaped_input_sizes, square, windows, config.pad_multiple)
-        dense = dense_clip_views(
-            self.clip, views.pixel_values, config.skip_layers, config.dense_residual, crop_batch_size, output_attentions
-        )
+    def _encode_image(self, pixel_values: torch.Tensor, **inputs: Any) -> CATSegImageState:
+        views = encode_views(self.clip, self.config, pixel_values, pad_multiple=self.config.pad_multiple, **inputs)
+        features, skips, attentions = views.dense
         return CATSegImageState(
-            dense_features=dense.features,
-            appearance_guidance=F.relu(self.appearance_projection(dense.features)).flatten(2).transpose(1, 2)[:, None],
-            skips=tuple(project(blocks) for project, blocks in zip(self.skips, dense.skips, strict=True)),
+            dense_features=features,
+            appearance_guidance=F.relu(self.appearance_projection(features)).flatten(2).transpose(1, 2)[:, None],
+            skips=tuple(project(blocks) for project, blocks in zip(self.skips, skips, strict=True)),
             view_boxes=views.boxes,
             canvas_size=views.canvas_size,
-            attentions=dense.attentions if output_attentions else None,
+            attentions=attentions or None,
         )
 
     # ------------------------------------------------------------------ classes
@@ -207,11 +200,11 @@ class CATSegForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
         cost = correlation(state.dense_features, text_embeds)
         text = F.relu(self.text_projection(F.normalize(text_embeds.mean(dim=1), dim=-1)))
         kept = None
-        if max_classes is not None and max_classes < len(text_embeds):
+        if max_classes is not None and max_classes < text_embeds.shape[0]:
             kept = strongest_classes(cost, max_classes)
         parts = []
-        for rows in _row_slices(len(cost), len(text) if kept is None else max_classes, class_chunk_size):
-            row_cost, row_text = cost[rows], text.expand(len(cost[rows]), -1, -1)
+        for rows in _row_slices(cost.shape[0], text.shape[0] if kept is None else max_classes, class_chunk_size):
+            row_cost, row_text = cost[rows], text.expand(cost[rows].shape[0], -1, -1)
             if kept is not None:
                 row_cost = row_cost.gather(1, kept[rows][:, :, None, None, None].expand(-1, -1, *cost.shape[2:]))
                 row_text = row_text.gather(1, kept[rows][:, :, None].expand(-1, -1, row_text.shape[-1]))
@@ -220,30 +213,29 @@ class CATSegForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
         used = torch.cat([logits for logits, _ in parts])
         outputs = OpenVocabularySegmentationOutput(logits=used, score_function="sigmoid")
         if kept is not None:
-            every = used.new_full((len(used), len(text), *used.shape[-2:]), REJECTED)
+            every = used.new_full((used.shape[0], text.shape[0], *used.shape[-2:]), REJECTED)
             outputs.logits = every.scatter(1, kept[:, :, None, None].expand_as(used), used)
-            outputs.kept_classes = kept.new_zeros(len(kept), len(text), dtype=torch.bool).scatter(1, kept, True)
+            outputs.kept_classes = kept.new_zeros(kept.shape[0], text.shape[0], dtype=torch.bool).scatter(1, kept, True)
         if output_hidden_states:
             outputs.hidden_states = tuple(torch.cat(states) for states in zip(*(h for _, h in parts), strict=True))
         if output_maps:
             outputs.maps = {"correlation": cost.mean(dim=2)}
         if labels is not None:
-            sizes = state.reshaped_input_sizes
-            loss = per_class_cross_entropy(outputs.logits, labels, sizes, self.config.ignore_as_negative)
-            outputs.loss_dict = {"loss_sem_seg": loss}
-            outputs.loss = loss
+            add_per_class_loss(outputs, labels, state.reshaped_input_sizes, self.config.ignore_as_negative)
         return outputs
 
     def _embed(self, cost: torch.Tensor, text: torch.Tensor, chunk_size: int | None) -> list[ClassChunk]:
         """Chunks of embedded cosines `[R, T, P, h, w]` with their projected texts `[R, T, G]`."""
-        rows, num_classes = cost.shape[:2]
-        at_once = max(1, chunk_size // rows) if chunk_size else num_classes
+        rows, parts = cost.shape[0], [(cost, text)]
+        if chunk_size is not None:
+            at_once = max(1, chunk_size // rows)
+            parts = zip(cost.split(at_once, dim=1), text.split(at_once, dim=1), strict=True)
         return [
             ClassChunk(
                 self.cost_embedding(some_cost.flatten(0, 1)).flatten(2).transpose(1, 2).unflatten(0, (rows, -1)),
                 some_text,
             )
-            for some_cost, some_text in zip(cost.split(at_once, dim=1), text.split(at_once, dim=1), strict=True)
+            for some_cost, some_text in parts
         ]
 
     def _aggregate(
@@ -274,7 +266,7 @@ class CATSegForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
         maps = features.flatten(0, 1).unflatten(1, grid)
         for stage, of_pictures in zip(self.decoder, prepared, strict=True):
             maps = stage(maps, [num_classes] * rows, of_pictures)
-        return self.head(maps.permute(0, 3, 1, 2)).view(rows, num_classes, *maps.shape[1:3])
+        return one_channel(self.head, maps).view(rows, num_classes, *maps.shape[1:3])
 
     def _check_request(
         self,

@@ -44,9 +44,14 @@ class DeOPConfig(OpenVocabularySegmentationConfig):
         num_context_vectors: learned context vectors of the text prompt; 0: none (use templates).
         dot_token_id: token of the full stop that ends a learned prompt.
         pooling: "heatmap": learned classification anchors (section 3.3); "mask": means over the masks (the baseline).
-        heatmap_layers: ordinary decoder layers before the heatmap layer (K of table 5).
+        heatmap_decoder: "query": anchor queries (released); "convolution": equation 4, in a layout of ours, see
+            `layers.heatmaps.ConvolutionalHeatmapDecoder`.
+        heatmap_layers: ordinary decoder layers before the heatmap layer (K of table 5), or convolutions before the
+            last one.
         heatmap_heads: heatmaps per query, each of which pools its share of the channels (equation 3 has 1).
-        heatmap_attention_heads, heatmap_feedforward_size, heatmap_dropout: of the anchor decoder.
+        heatmap_attention_heads, heatmap_feedforward_size, heatmap_dropout: of the anchor decoder; the second is also
+            the number of channels between convolutions.
+        heatmap_kernel_size: of the convolutions, odd.
         temperature: factor of all cosine similarities.
         training_stage: "prompt" trains the context vectors on crops of regions (the first stage; `labels` hold one
             class per picture, all else is ignored), "proposals" MaskFormer (the second), "segmentation" anchors and
@@ -95,11 +100,13 @@ class DeOPConfig(OpenVocabularySegmentationConfig):
     num_context_vectors: int = 16
     dot_token_id: int = 269
     pooling: Literal["heatmap", "mask"] = "heatmap"
+    heatmap_decoder: Literal["query", "convolution"] = "query"
     heatmap_layers: int = 1
     heatmap_heads: int = 8
     heatmap_attention_heads: int = 8
     heatmap_feedforward_size: int = 1024
     heatmap_dropout: float | int = 0.1
+    heatmap_kernel_size: int = 3
     temperature: float | int = 100.0
     training_stage: Literal["segmentation", "proposals", "prompt"] = "segmentation"
     train_text_prompt: bool = True
@@ -173,6 +180,11 @@ class DeOPConfig(OpenVocabularySegmentationConfig):
         for name in ("heatmap_heads", "heatmap_attention_heads"):
             if size % getattr(self, name):
                 raise ValueError(f"{name} {getattr(self, name)} does not divide CLIP's embedding size {size}.")
+
+        if self.heatmap_layers < 0:
+            raise ValueError(f"heatmap_layers cannot be negative, got {self.heatmap_layers}.")
+        if self.heatmap_kernel_size < 1 or self.heatmap_kernel_size % 2 == 0:
+            raise ValueError(f"heatmap_kernel_size must be odd and positive, got {self.heatmap_kernel_size}.")
 
     def severance_of_blocks(self) -> list[str]:
         """What each of CLIP's blocks does: "none" or a kind of severance."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -12,12 +13,13 @@ from torch.nn.functional import interpolate, normalize
 from transformers import CLIPConfig, CLIPModel, CLIPProcessor
 from transformers import initialization as init
 
-from ...layers.heatmaps import HeatmapDecoder, pool_by_masks
+from ...conversion_maskformer import load_backbone_weights
+from ...layers.heatmaps import ConvolutionalHeatmapDecoder, HeatmapDecoder, pool_by_masks
 from ...layers.initialization import init_torch_defaults
 from ...layers.learned_prompts import LearnedPrompt, LearnedPromptMixin
 from ...layers.maskformer import MaskProposalNetwork, MaskProposals, init_mask_proposal_weights
 from ...layers.picture_stretching import stretch_pictures
-from ...layers.sliding_window import cut_views, split_pictures, view_boxes
+from ...layers.sliding_window import each_view, encode_each, split_pictures, view_boxes
 from ...losses import MaskClassificationCriterion, Prediction, sum_losses
 from ...modeling_base import OpenVocabularySegmentationModel
 from ...modeling_outputs import ImageState, OpenVocabularySegmentationOutput
@@ -61,6 +63,21 @@ class DeOPForOpenVocabularySegmentation(LearnedPromptMixin, OpenVocabularySegmen
     config: DeOPConfig
     picture_switches = frozenset({"proposals", "sliding_window"})
     _no_split_modules = ["CLIPEncoderLayer", "Bottleneck", "SwinStage", "MaskFormerDetrDecoderLayer"]
+    _parts_of_stages = {
+        "prompt": {"prompts": (r"^text_prompt\.",)},
+        "proposals": {
+            "adapter": (r"^proposal_network\.(?!backbone\.)", "^no_object_embedding$"),
+            "prompts": (r"^proposal_network\.query_decoder\.query_embedding\.", "^no_object_embedding$"),
+            "attention": (r"^proposal_network\..*\.[qv]_proj\.weight$",),
+            "lora": (r"^proposal_network\..*\.[qv]_proj$",),
+        },
+        "segmentation": {
+            "adapter": (r"^heatmap_decoder\.", r"^visual_prompts\.", "^no_object_embedding$"),
+            "prompts": (r"^visual_prompts\.", r"^text_prompt\.", r"^heatmap_decoder\.query_", "^no_object_embedding$"),
+            "attention": (r"^clip\.vision_model\..*\.[qv]_proj\.weight$",),
+            "lora": (r"^clip\.vision_model\..*\.[qv]_proj$",),
+        },
+    }
 
     def __init__(self, config: DeOPConfig) -> None:
         super().__init__(config)
@@ -79,18 +96,7 @@ class DeOPForOpenVocabularySegmentation(LearnedPromptMixin, OpenVocabularySegmen
         if config.num_context_vectors:
             text_width = config.clip_config.text_config.hidden_size
             self.text_prompt = LearnedPrompt(config.num_context_vectors, text_width, config.dot_token_id)
-        self.heatmap_decoder = None
-        if config.pooling == "heatmap":
-            self.heatmap_decoder = HeatmapDecoder(
-                size,
-                config.mask_config.num_queries,
-                config.heatmap_layers,
-                config.heatmap_attention_heads,
-                config.heatmap_heads,
-                config.heatmap_feedforward_size,
-                config.heatmap_dropout,
-                config._attn_implementation,
-            )
+        self.heatmap_decoder = self._build_heatmap_decoder() if config.pooling == "heatmap" else None
         # the matching of the second stage ignores classes
         self.criterion = MaskClassificationCriterion(
             costs={"class": 0.0, "mask": config.proposal_mask_weight, "dice": config.proposal_dice_weight},
@@ -106,11 +112,50 @@ class DeOPForOpenVocabularySegmentation(LearnedPromptMixin, OpenVocabularySegmen
         self.post_init()
         self.freeze_pretrained()
 
+    def _build_heatmap_decoder(self) -> HeatmapDecoder | ConvolutionalHeatmapDecoder:
+        config, size = self.config, self.config.clip_config.projection_dim
+        if config.heatmap_decoder == "convolution":
+            return ConvolutionalHeatmapDecoder(
+                size,
+                config.num_queries,
+                config.heatmap_layers,
+                config.heatmap_heads,
+                config.heatmap_feedforward_size,
+                config.heatmap_kernel_size,
+                config.heatmap_dropout,
+            )
+        return HeatmapDecoder(
+            size,
+            config.num_queries,
+            config.heatmap_layers,
+            config.heatmap_attention_heads,
+            config.heatmap_heads,
+            config.heatmap_feedforward_size,
+            config.heatmap_dropout,
+            config._attn_implementation,
+        )
+
     @classmethod
     def config_for_clip(cls, clip_config: CLIPConfig) -> dict[str, Any]:
         """The released prompt layers, as far as CLIP has them."""
         depth = clip_config.vision_config.num_hidden_layers
         return {"visual_prompt_layers": [layer for layer in DeOPConfig.visual_prompt_layers if layer < depth]}
+
+    @classmethod
+    def from_clip(
+        cls, clip: str | os.PathLike | CLIPModel, backbone: str | os.PathLike | None = None, **config: Any
+    ) -> DeOPForOpenVocabularySegmentation:
+        """An untrained model around a trained CLIP and, if given, a backbone trained on ImageNet.
+
+        Args:
+            clip: a Hub id or folder of a `CLIPModel`, or the model itself.
+            backbone: see `conversion_maskformer.load_backbone_weights`.
+            config: values for the configuration.
+        """
+        model = super().from_clip(clip, **config)
+        if backbone is not None:
+            load_backbone_weights(model.proposal_network, backbone)
+        return model
 
     @classmethod
     def from_clip_and_sam(cls, clip: str | os.PathLike | CLIPModel, sam: Any, **config: Any) -> Any:
@@ -161,6 +206,25 @@ class DeOPForOpenVocabularySegmentation(LearnedPromptMixin, OpenVocabularySegmen
             own = stage == "segmentation" and self.config.train_text_prompt
             self.text_prompt.requires_grad_(own or stage == "prompt")
 
+    @property
+    def trainable_parts(self) -> dict[str, tuple[str, ...]]:
+        """Those of the configured stage."""
+        return self._parts_of_stages[self.config.training_stage]
+
+    @property
+    def unread_parameters(self) -> tuple[str, ...]:
+        """What plays no role in the configured stage; severed blocks compare no queries with keys."""
+        stage = self.config.training_stage
+        if stage == "prompt":
+            return (r"^(?!clip\.|text_prompt\.)", r"^clip\.logit_scale$")
+        if stage == "proposals":
+            return (r"^clip\.(vision_model|visual_projection|logit_scale)", "^(visual_prompts|heatmap_decoder|sam)")
+        severed = enumerate(self.config.severance_of_blocks())
+        blocks = "|".join(str(index) for index, kind in severed if kind != "none" and self.config.severance_alpha == 1)
+        released = (r"\.embedding_head\.", r"\.value_projection\.", r"^heatmap_decoder\.layernorm\.")
+        whole = (r"^clip\.logit_scale$", r"^sam\.", *released)
+        return (*whole, rf"^clip\.vision_model\.encoder\.layers\.({blocks})\.self_attn\.[qk]_proj") if blocks else whole
+
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -173,6 +237,9 @@ class DeOPForOpenVocabularySegmentation(LearnedPromptMixin, OpenVocabularySegmen
             init.normal_(module.context, std=0.02)
         elif isinstance(module, HeatmapDecoder):
             self._init_heatmap_decoder(module)
+        elif isinstance(module, ConvolutionalHeatmapDecoder):
+            for layer in module.layers:
+                init_torch_defaults(layer)
         elif module is self:
             # zero without training: a cosine of 0, below that of any class that is there
             trained = self.proposal_network is not None
@@ -222,9 +289,7 @@ class DeOPForOpenVocabularySegmentation(LearnedPromptMixin, OpenVocabularySegmen
         if sliding_window:
             canvas = (config.canvas_pixels, config.canvas_pixels)
             geometry = (canvas, config.window_pixels, config.window_stride, config.global_view)
-            pixel_values = cut_views(split_pictures(pixel_values, reshaped_input_sizes), *geometry)
-            state.view_boxes, state.canvas_size = view_boxes(*geometry), canvas
-            reshaped_input_sizes = torch.tensor([pixel_values.shape[-2:]] * len(pixel_values))
+            return self._encode_views(pixel_values, reshaped_input_sizes, geometry, proposals, output_maps)
         if isinstance(proposals, str) and proposals == "none":
             return self._classify_patches(state, pixel_values, reshaped_input_sizes, output_maps)
         state.mask_logits, state.valid = self._propose(pixel_values, reshaped_input_sizes, proposals)
@@ -242,6 +307,33 @@ class DeOPForOpenVocabularySegmentation(LearnedPromptMixin, OpenVocabularySegmen
             embeds, heatmaps = anchors.embeddings, anchors.heatmaps.unflatten(-1, features.shape[-2:])
         state.segment_embeds = normalize(embeds, dim=-1)
         state.maps = {"heatmaps": heatmaps, "clip_map": features} if output_maps else None
+        return state
+
+    def _encode_views(
+        self,
+        pixel_values: torch.Tensor,
+        sizes: torch.Tensor,
+        geometry: tuple[tuple[int, int], int, int, bool],
+        proposals: str | torch.Tensor,
+        output_maps: bool,
+    ) -> DeOPImageState:
+        """The sliding window's views; given `proposals` have a row for each of them."""
+        boxes, of_views = view_boxes(*geometry), itertools.repeat(proposals)
+        if isinstance(proposals, torch.Tensor):
+            rows = len(pixel_values) * len(boxes)
+            if len(proposals) != rows:
+                raise ValueError(
+                    f"proposals must be masks [{rows}, N, h, w], a row for each of {len(pixel_values)} picture(s) x "
+                    f"{len(boxes)} views; got {list(proposals.shape)}."
+                )
+            of_views = iter(proposals.split(1))
+        state = encode_each(
+            lambda view, **options: self._encode_image(view, proposals=next(of_views), **options),
+            each_view(split_pictures(pixel_values, sizes), *geometry),
+            for_training=False,
+            output_maps=output_maps,
+        )
+        state.view_boxes, state.canvas_size = boxes, geometry[0]
         return state
 
     def _classify_patches(

@@ -9,6 +9,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN
 
 from ...layers.clip_vision import embed_patches, run_blocks
 from ...losses import global_mean_of_processes
+from ...precision import full_precision
 from .configuration_deop import DeOPConfig
 
 # the original clamps probabilities before the logarithm of its focal loss
@@ -26,7 +27,8 @@ def fused_map_losses(
         labels: `[B, H, W]` int64, negative = ignored.
     """
     masks = interpolate(mask_logits.float(), size=labels.shape[-2:], mode="bilinear", align_corners=False).sigmoid()
-    fused = torch.einsum("bnk,bnhw->bkhw", class_logits.float().softmax(dim=-1), masks)
+    with full_precision(masks):
+        fused = torch.einsum("bnk,bnhw->bkhw", class_logits.float().softmax(dim=-1), masks)
     scale = config.map_scale
     probability = (scale * fused - scale).sigmoid()
     known = labels >= 0
@@ -84,7 +86,8 @@ def region_losses(
         features: `[B, D]`.
         classes: `[B]`, -100 = none.
     """
-    logits = config.temperature * normalize(features.float(), dim=-1) @ text_embeds.float().T
+    with full_precision(features):
+        logits = config.temperature * normalize(features.float(), dim=-1) @ text_embeds.float().T
     count = (classes >= 0).sum().float()
     count = (count if config.normalise_per_process else global_mean_of_processes(count)).clamp(min=1)
     return {"loss_cls": cross_entropy(logits, classes, ignore_index=-100, reduction="sum") / count}

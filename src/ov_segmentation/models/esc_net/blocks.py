@@ -1,9 +1,8 @@
-"""ESC-Net's blocks: pseudo prompts, a SAM block, vision-language fusion; and what passes between them."""
+"""ESC-Net's blocks: pseudo prompts, a SAM block, vision-language fusion."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -12,51 +11,29 @@ from ...layers.guided_swin import GuidedSwinPair
 from ...layers.linear_attention import ClassSums, TextClassAttention
 from ...layers.pseudo_prompts import PseudoPrompts, generate_pseudo_prompts
 from ...layers.sam_blocks import PseudoPromptEncoder, SAMBlock
+from .chunks import ClassChunk, average_over_classes
 from .configuration_esc_net import ESCNetConfig
 
+# SAM's image neck ends with a layer norm of this epsilon
+NECK_EPS = 1e-6
 
-@dataclass
-class ClassChunk:
-    """Some (row, class) pairs on their way through the blocks, sorted by row; a row is a picture or a view of one.
+
+class SAMNeck(nn.Module):
+    """Image features in SAM's width, normalised as SAM's image encoder leaves them: `[R, D, h, w]` -> `[R, h * w, S]`.
 
     Args:
-        rows: `[n]` int64, the row of each pair.
-        used_rows: the rows that the pairs belong to.
-        counts: of each of these rows, how many of the n are its classes.
-        features: `[n, h * w, C]`, the residual stream E.
-        keys: `[n, h * w, S]`, the map that SAM refines: of the picture, later of the class.
-        prompt_map: `[n, h, w]`, what the first block's prompts are made from: the correlation.
-        tokens: `[n, T, S]`, queries of the SAM blocks beside those of the prompts; None: none.
-        refined: `[n, h * w, C]`, the refined map F' of the present block, projected.
-        records: name -> `[n, ...]`, what was asked for on the way.
+        in_channels: D.
+        out_channels: S.
     """
 
-    rows: torch.Tensor
-    used_rows: slice
-    counts: list[int]
-    features: torch.Tensor
-    keys: torch.Tensor
-    prompt_map: torch.Tensor
-    tokens: torch.Tensor | None = None
-    refined: torch.Tensor | None = None
-    records: dict[str, torch.Tensor] = field(default_factory=dict)
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.projection = nn.Linear(in_channels, out_channels, bias=False)
+        self.norm = nn.LayerNorm(out_channels, eps=NECK_EPS)
 
-
-def chunk_bounds(counts: list[int], chunk_size: int | None) -> Iterator[tuple[slice, slice, list[int]]]:
-    """Cut rows with `counts` pairs each into chunks of `chunk_size` pairs.
-
-    Yields:
-        the chunk's pairs and its rows as slices, and how many of its pairs belong to each of these rows.
-    """
-    ends = [sum(counts[: row + 1]) for row in range(len(counts))]
-    total = ends[-1]
-    at_once = chunk_size or max(1, total)
-    for start in range(0, total, at_once):
-        stop = min(start + at_once, total)
-        shares = [min(end, stop) - max(end - count, start) for end, count in zip(ends, counts, strict=True)]
-        used = [row for row, share in enumerate(shares) if share > 0]
-        rows = slice(used[0], used[-1] + 1)
-        yield slice(start, stop), rows, [max(0, share) for share in shares[rows]]
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """Project and normalise every position."""
+        return self.norm(self.projection(features.flatten(2).transpose(1, 2)))
 
 
 class ESCNetBlock(nn.Module):
@@ -90,7 +67,7 @@ class ESCNetBlock(nn.Module):
         """Prompts of every pair, from the correlation in the first block, later from the residual stream."""
         maps = chunk.prompt_map
         if self.prompt_map is not None:
-            maps = self.prompt_map(chunk.features)[..., 0].unflatten(1, maps.shape[1:])
+            maps = self.prompt_map(chunk.features)[..., 0].unflatten(1, chunk.grid)
         return generate_pseudo_prompts(maps, *self.prompt_settings)
 
     def refine(
@@ -122,6 +99,52 @@ class ESCNetBlock(nn.Module):
             chunk: the pairs.
             sums: of the class attention, over the whole vocabulary.
         """
-        grid = tuple(chunk.prompt_map.shape[1:])
-        features = self.spatial(chunk.features[None], chunk.refined[None], grid)[0]
+        features = self.spatial(chunk.features[None], chunk.refined[None], chunk.grid)[0]
         chunk.features, chunk.refined = self.classes(features, sums), None
+
+
+def run_blocks(
+    blocks: Iterable[ESCNetBlock],
+    chunks: list[ClassChunk],
+    sums: list[ClassSums],
+    prompt_encoder: PseudoPromptEncoder | None,
+    averaged_classes: int | None,
+    keep_states: bool,
+    keep_maps: bool,
+) -> None:
+    """All blocks, in place, over chunks that advance together.
+
+    Args:
+        blocks: in order.
+        chunks: some of all chunks; all of them where maps are averaged.
+        sums: each block's class sums.
+        prompt_encoder: SAM's; None without SAM blocks.
+        averaged_classes: K, to average the refined maps of K classes; None: each class keeps its own.
+        keep_states: record the residual stream before and after each block.
+        keep_maps: record the prompts, and the activation after each block.
+    """
+    positions = None if prompt_encoder is None else prompt_encoder.position_embeddings()
+    for chunk in chunks:
+        if keep_states:
+            chunk.records["features_0"] = chunk.features
+    for index, (block, of_classes) in enumerate(zip(blocks, sums, strict=True), start=1):
+        for chunk in chunks:
+            prompts = block.refine(chunk, prompt_encoder, positions)
+            if keep_maps and prompts is not None:
+                record_prompts(chunk, prompts, index)
+        if averaged_classes is not None:
+            average_over_classes(chunks, averaged_classes)
+        for chunk in chunks:
+            block.fuse(chunk, of_classes)
+            if keep_states:
+                chunk.records[f"features_{index}"] = chunk.features
+            if keep_maps:
+                # our reading of Figure 6: how much of the class's features is where
+                chunk.records[f"activation_{index}"] = chunk.features.norm(dim=2).unflatten(1, chunk.grid)
+
+
+def record_prompts(chunk: ClassChunk, prompts: PseudoPrompts, index: int) -> None:
+    """Keep the prompts of block `index`: masks `[n, h, w]`; points `[n, objects, 3]`: x, y, and whether it is one."""
+    chunk.records[f"mask_prompt_{index}"] = prompts.masks
+    valid = prompts.valid[..., None].to(prompts.points.dtype)
+    chunk.records[f"point_prompt_{index}"] = torch.cat([prompts.points, valid], dim=-1)

@@ -9,6 +9,7 @@ from transformers import PreTrainedConfig, SamConfig
 from transformers.configuration_utils import SubConfigSpec
 
 from ...layers.configuration_dense_clip import DenseCLIPConfig
+from ...layers.kmeans import MAX_CLUSTERS
 
 PROMPT_TYPES = ("points", "boxes", "masks")
 # two-way blocks of every published SAM
@@ -46,6 +47,8 @@ class ESCNetConfig(DenseCLIPConfig):
             "mean", that of all classes.
         rejection_top_k: classes that are nowhere among the k with the highest cosine are rejected before the first
             block, which leaves the others unchanged. None: off. Needs "per_class".
+        train_max_classes: classes per picture that are trained on: those of its labels, and others drawn at random,
+            with the logits that they would have among all. None: all (paper).
         sam_finetune: whether SAM's parts are trained (paper).
     """
 
@@ -70,6 +73,7 @@ class ESCNetConfig(DenseCLIPConfig):
     mask_prompt_scale: float | int = 10.0
     refined_feature_aggregation: Literal["per_class", "mean"] = "per_class"
     rejection_top_k: int | None = None
+    train_max_classes: int | None = None
     sam_finetune: bool = True
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -122,18 +126,20 @@ class ESCNetConfig(DenseCLIPConfig):
         for name, lowest in (("num_objects", 1), ("kmeans_iterations", 0)):
             if getattr(self, name) < lowest:
                 raise ValueError(f"{name} must be at least {lowest}, got {getattr(self, name)}.")
+        if self.num_objects > MAX_CLUSTERS:
+            raise ValueError(f"num_objects must be at most {MAX_CLUSTERS}, got {self.num_objects}.")
 
     def validate_rejection(self) -> None:
         """Check early rejection (called by `strict` on construction)."""
-        if self.rejection_top_k is not None and self.rejection_top_k < 1:
+        for name in ("rejection_top_k", "train_max_classes"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, or None to switch it off, got {value}.")
+        limits = (self.rejection_top_k, self.max_classes, self.train_max_classes)
+        if self.refined_feature_aggregation == "mean" and any(limit is not None for limit in limits):
             raise ValueError(
-                f"rejection_top_k must be at least 1, or None to switch it off, got {self.rejection_top_k}."
-            )
-        limited = self.rejection_top_k is not None or self.max_classes is not None
-        if limited and self.refined_feature_aggregation == "mean":
-            raise ValueError(
-                "With refined_feature_aggregation='mean' a class depends on all others: rejection_top_k and "
-                "max_classes must be None."
+                "With refined_feature_aggregation='mean' a class depends on all others: rejection_top_k, max_classes "
+                "and train_max_classes must be None."
             )
 
 

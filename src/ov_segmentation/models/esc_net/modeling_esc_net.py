@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,25 +16,22 @@ from transformers import initialization as init
 
 from ...layers.clip_finetuning import set_trained_clip_parameters
 from ...layers.configuration_dense_clip import settings_for_clip
-from ...layers.correlation import correlation, strongest_classes
-from ...layers.dense_clip import dense_clip_views
+from ...layers.correlation import correlation
+from ...layers.dense_views import encode_views
 from ...layers.initialization import init_torch_defaults
-from ...layers.linear_attention import ClassSums
-from ...layers.model_views import make_model_views
+from ...layers.one_channel import one_channel
 from ...layers.projected_skip import ProjectedSkip
-from ...layers.pseudo_prompts import PseudoPrompts
 from ...layers.sam_blocks import PseudoPromptEncoder, init_prompt_encoder, load_sam_parts
 from ...layers.upsampling import GuidedUpsampling, PreparedUpsampling
-from ...losses_per_class import per_class_cross_entropy
+from ...losses_per_class import add_per_class_loss
 from ...modeling_base import OpenVocabularySegmentationModel
 from ...modeling_outputs import ImageState, OpenVocabularySegmentationOutput
-from .blocks import ClassChunk, ESCNetBlock, chunk_bounds
+from .blocks import ESCNetBlock, SAMNeck, run_blocks
+from .chunks import ClassChunk, by_class, check_limits, chunk_bounds, kept_classes, labelled_first
 from .configuration_esc_net import SAM_LAYER_NORM_EPS, ESCNetConfig
 
 # logit of a rejected class: finite, because interpolating -inf gives NaN
 REJECTED = -100.0
-# SAM's image neck ends with a layer norm of this epsilon
-NECK_EPS = 1e-6
 
 
 @dataclass
@@ -51,31 +49,25 @@ class ESCNetImageState(ImageState):
     skips: tuple[torch.Tensor, ...] | None = None
 
 
-class SAMNeck(nn.Module):
-    """Image features in SAM's width, normalised as SAM's image encoder leaves them: `[R, D, h, w]` -> `[R, h * w, S]`.
-
-    Args:
-        in_channels: D.
-        out_channels: S.
-    """
-
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__()
-        self.projection = nn.Linear(in_channels, out_channels, bias=False)
-        self.norm = nn.LayerNorm(out_channels, eps=NECK_EPS)
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """Project and normalise every position."""
-        return self.norm(self.projection(features.flatten(2).transpose(1, 2)))
-
-
 class ESCNetForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
-    """ESC-Net ("Effective SAM Combination for Open-Vocabulary Semantic Segmentation", CVPR 2025), re-implemented."""
+    """ESC-Net ("Effective SAM Combination for Open-Vocabulary Semantic Segmentation", CVPR 2025), re-implemented.
+
+    Which classes are rejected depends on values, which a graph cannot: compile and export with `rejection_top_k=None`
+    and `max_classes=None`. With `class_chunk_size=None` an exported program takes any number of classes.
+    """
 
     config: ESCNetConfig
     switches = frozenset({"rejection_top_k", "max_classes", "class_chunk_size"})
     picture_switches = frozenset({"sliding_window", "crop_batch_size"})
+    # SAM's table of positions goes into sines: bfloat16 would move them
+    _keep_in_fp32_modules_strict = ["logit_scale", "shared_embedding"]
     _no_split_modules = ["CLIPEncoderLayer", "SAMBlock", "GuidedSwinBlock", "TextClassAttention", "GuidedUpsampling"]
+    trainable_parts = {
+        "adapter": (r"^(?!clip\.|prompt_encoder\.|output_tokens$|blocks\.\d+\.sam\.)",),
+        "prompts": (r"^prompt_encoder\.", "^output_tokens$", r"^text_token\."),
+        "attention": (r"^clip\..*\.[qv]_proj\.weight$",),
+        "lora": (r"^clip\..*\.[qv]_proj$",),
+    }
 
     def __init__(self, config: ESCNetConfig) -> None:
         super().__init__(config)
@@ -155,6 +147,15 @@ class ESCNetForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
         if module is self and self.output_tokens is not None:
             init.normal_(self.output_tokens)
 
+    @property
+    def unread_parameters(self) -> tuple[str, ...]:
+        """Points and boxes are chosen, not computed: only a mask has a gradient towards the map it was made from."""
+        unread = [r"^clip\.logit_scale$"]
+        if self.prompt_encoder is not None:
+            unread += [rf"^prompt_encoder\.{re.escape(name)}\." for name in self.prompt_encoder.unused_parts()]
+            unread += [] if "masks" in self.config.prompt_types else [r"^blocks\.\d+\.prompt_map\."]
+        return tuple(unread)
+
     def freeze_pretrained(self) -> None:
         """Train CLIP as `config.clip_finetune` says, SAM's parts if `config.sam_finetune`, and everything else."""
         config = self.config
@@ -185,30 +186,14 @@ class ESCNetForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
 
     # ------------------------------------------------------------------ picture side
 
-    def _encode_image(
-        self,
-        pixel_values: torch.Tensor,
-        *,
-        for_training: bool,
-        reshaped_input_sizes: torch.Tensor,
-        sliding_window: bool,
-        crop_batch_size: int | None,
-        output_attentions: bool = False,
-        **unused: Any,
-    ) -> ESCNetImageState:
-        config = self.config
-        if sliding_window and for_training:
-            raise ValueError("A loss is taken on whole pictures: pass sliding_window=False together with labels.")
-        square = (config.image_size, config.image_size)
-        views = make_model_views(pixel_values, reshaped_input_sizes, square, config.windows if sliding_window else None)
-        dense = dense_clip_views(
-            self.clip, views.pixel_values, config.skip_layers, config.dense_residual, crop_batch_size, output_attentions
-        )
+    def _encode_image(self, pixel_values: torch.Tensor, **inputs: Any) -> ESCNetImageState:
+        views = encode_views(self.clip, self.config, pixel_values, **inputs)
+        features, skips, attentions = views.dense
         return ESCNetImageState(
-            dense_features=dense.features,
-            sam_features=self.sam_neck(dense.features),
-            skips=tuple(projection(blocks) for projection, blocks in zip(self.skips, dense.skips, strict=True)),
-            attentions=dense.attentions or None,
+            dense_features=features,
+            sam_features=self.sam_neck(features),
+            skips=tuple(projection(blocks) for projection, blocks in zip(self.skips, skips, strict=True)),
+            attentions=attentions or None,
             view_boxes=views.boxes,
             canvas_size=views.canvas_size,
         )
@@ -224,13 +209,19 @@ class ESCNetForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
         rejection_top_k: int | None,
         max_classes: int | None,
         class_chunk_size: int | None,
+        sample_seeds: torch.Tensor | None,
         output_hidden_states: bool,
         output_maps: bool,
         **options: Any,
     ) -> OpenVocabularySegmentationOutput:
-        self._check_request(rejection_top_k, max_classes, class_chunk_size)
+        averages = self.config.refined_feature_aggregation == "mean"
+        limits = {"rejection_top_k": rejection_top_k, "max_classes": max_classes, "class_chunk_size": class_chunk_size}
+        check_limits(self.training, averages, limits)
         cost = correlation(state.dense_features, text_embeds[:, None])[:, :, 0]
-        kept = kept_classes(cost, rejection_top_k, max_classes)
+        order = None
+        if self.training and labels is not None and max_classes is not None:
+            order = labelled_first(labels, text_embeds.shape[0], self.draws(sample_seeds, len(labels)))
+        kept = kept_classes(cost, rejection_top_k, max_classes, order)
         guidance = F.relu(self.text_projection(text_embeds))
         sums = [block.classes.class_sums(guidance) for block in self.blocks]
         chunks = self._chunks(state, cost, self._tokens(text_embeds), kept, class_chunk_size)
@@ -238,10 +229,11 @@ class ESCNetForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
             stage.prepare(tuple(skip.shape[-2:]), skip) for stage, skip in zip(self.decoder, state.skips, strict=True)
         ]
         # classes wait for one another only where their maps are averaged
-        groups = [list(chunks)] if self.config.refined_feature_aggregation == "mean" else ([chunk] for chunk in chunks)
+        groups = [list(chunks)] if averages else ([chunk] for chunk in chunks)
         logits, records = [], []
         for group in groups:
-            self._run_blocks(group, len(text_embeds), sums, output_hidden_states, output_maps)
+            averaged = text_embeds.shape[0] if averages else None
+            run_blocks(self.blocks, group, sums, self.prompt_encoder, averaged, output_hidden_states, output_maps)
             while group:
                 chunk = group.pop(0)
                 logits.append(self._decode(chunk, prepared))
@@ -257,10 +249,7 @@ class ESCNetForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
         if output_maps:
             outputs.maps = {"correlation": cost, **recorded}
         if labels is not None:
-            sizes = state.reshaped_input_sizes
-            loss = per_class_cross_entropy(outputs.logits, labels, sizes, self.config.ignore_as_negative)
-            outputs.loss_dict = {"loss_sem_seg": loss}
-            outputs.loss = loss
+            add_per_class_loss(outputs, labels, state.reshaped_input_sizes, self.config.ignore_as_negative)
         return outputs
 
     def _chunks(
@@ -286,111 +275,21 @@ class ESCNetForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
             queries = None if tokens is None else tokens[classes]
             yield ClassChunk(rows, used_rows, shares, features, state.sam_features[rows], maps, queries)
 
-    def _run_blocks(
-        self,
-        chunks: list[ClassChunk],
-        num_classes: int,
-        sums: list[ClassSums],
-        keep_states: bool,
-        keep_maps: bool,
-    ) -> None:
-        """All blocks, in place, over chunks that advance together; `sums` are each block's class sums."""
-        positions = None if self.prompt_encoder is None else self.prompt_encoder.position_embeddings()
-        for chunk in chunks:
-            if keep_states:
-                chunk.records["features_0"] = chunk.features
-        for index, (block, of_classes) in enumerate(zip(self.blocks, sums, strict=True), start=1):
-            for chunk in chunks:
-                prompts = block.refine(chunk, self.prompt_encoder, positions)
-                if keep_maps and prompts is not None:
-                    record_prompts(chunk, prompts, index)
-            if self.config.refined_feature_aggregation == "mean":
-                average_over_classes(chunks, num_classes)
-            for chunk in chunks:
-                block.fuse(chunk, of_classes)
-                if keep_states:
-                    chunk.records[f"features_{index}"] = chunk.features
-                if keep_maps:
-                    # our reading of Figure 6: how much of the class's features is where
-                    grid = chunk.prompt_map.shape[1:]
-                    chunk.records[f"activation_{index}"] = chunk.features.norm(dim=2).unflatten(1, grid)
-
     def _tokens(self, text_embeds: torch.Tensor) -> torch.Tensor | None:
         """Queries of the SAM blocks beside the prompts, `[K, T, S]`: SAM's output tokens, then the text."""
         tokens = []
         if self.output_tokens is not None:
-            tokens.append(self.output_tokens.expand(len(text_embeds), -1, -1))
+            tokens.append(self.output_tokens.expand(text_embeds.shape[0], -1, -1))
         if self.text_token is not None:
             tokens.append(self.text_token(text_embeds)[:, None])
         return torch.cat(tokens, dim=1) if tokens else None
 
     def _decode(self, chunk: ClassChunk, prepared: list[PreparedUpsampling]) -> torch.Tensor:
         """Logits `[n, 4h, 4w]`; `prepared` is what each stage makes of all rows."""
-        maps = chunk.features.unflatten(1, tuple(chunk.prompt_map.shape[1:]))
+        maps = chunk.features.unflatten(1, chunk.grid)
         for stage, of_all in zip(self.decoder, prepared, strict=True):
             maps = stage(maps, chunk.counts, of_all.of_pictures(chunk.used_rows))
-        return self.head(maps.permute(0, 3, 1, 2))[:, 0]
-
-    def _check_request(self, rejection_top_k: int | None, max_classes: int | None, chunk_size: int | None) -> None:
-        limits = {"rejection_top_k": rejection_top_k, "max_classes": max_classes, "class_chunk_size": chunk_size}
-        for name, value in limits.items():
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, or None to switch it off, got {value}.")
-        if self.training and rejection_top_k is not None:
-            raise ValueError("Early rejection is for inference: pass rejection_top_k=None in training.")
-        limited = rejection_top_k is not None or max_classes is not None
-        if limited and self.config.refined_feature_aggregation == "mean":
-            raise ValueError(
-                "This model averages its maps over all classes: rejecting some would change the others. Pass "
-                "rejection_top_k=None and max_classes=None."
-            )
-
-
-def kept_classes(cost: torch.Tensor, top_k: int | None, max_classes: int | None) -> torch.Tensor | None:
-    """Classes `[R, K]` bool that are segmented, by their cosines `[R, K, h, w]`; None: all.
-
-    Args:
-        top_k: a class has to be among the k with the highest cosine at some position of its row.
-        max_classes: it has to be among so many with the highest cosine anywhere.
-    """
-    num_classes = cost.shape[1]
-    kept = None
-    if top_k is not None:
-        best = cost.flatten(2).topk(min(top_k, num_classes), dim=1, sorted=False).indices
-        kept = torch.zeros(cost.shape[:2], dtype=torch.bool, device=cost.device).scatter(1, best.flatten(1), True)
-    if max_classes is not None and max_classes < num_classes:
-        strongest = torch.zeros(cost.shape[:2], dtype=torch.bool, device=cost.device)
-        strongest = strongest.scatter(1, strongest_classes(cost[:, :, None], max_classes), True)
-        kept = strongest if kept is None else kept & strongest
-    return kept
-
-
-def by_class(
-    parts: list[torch.Tensor], shape: tuple[int, int], kept: torch.Tensor | None, missing: float
-) -> torch.Tensor:
-    """Values `[n, ...]` of the pairs that are `kept` `[R, K]` (None: all) -> `[R, K, ...]`, `missing` elsewhere."""
-    values = torch.cat(parts)
-    if kept is None:
-        return values.unflatten(0, tuple(shape))
-    return values.new_full((*shape, *values.shape[1:]), missing).index_put((kept,), values)
-
-
-def average_over_classes(chunks: list[ClassChunk], num_classes: int) -> None:
-    """Replace each class's refined map by the mean over all `num_classes` of its row; the chunks hold them all."""
-    first = chunks[0].refined
-    num_rows = chunks[-1].used_rows.stop
-    means = first.new_zeros(num_rows, *first.shape[1:])
-    for chunk in chunks:
-        means = means.index_add(0, chunk.rows, chunk.refined / num_classes)
-    for chunk in chunks:
-        chunk.refined = means[chunk.rows]
-
-
-def record_prompts(chunk: ClassChunk, prompts: PseudoPrompts, index: int) -> None:
-    """Keep the prompts of block `index`: masks `[n, h, w]`; points `[n, objects, 3]`: x, y, and whether it is one."""
-    chunk.records[f"mask_prompt_{index}"] = prompts.masks
-    valid = prompts.valid[..., None].to(prompts.points.dtype)
-    chunk.records[f"point_prompt_{index}"] = torch.cat([prompts.points, valid], dim=-1)
+        return one_channel(self.head, maps)
 
 
 __all__ = ["ESCNetForOpenVocabularySegmentation", "ESCNetImageState"]

@@ -16,14 +16,15 @@ from transformers import initialization as init
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from ...conversion_maskformer import load_backbone_weights
-from ...layers.learned_prompts import LearnedPrompt, LearnedPromptMixin
+from ...layers.learned_prompts import LearnedPrompt, LearnedPromptMixin, read_learned_prompt
 from ...layers.mask_crops import crop_for_clip, mask_boxes
 from ...layers.mask_prompts import DeepPrompts, MaskPrompts, encode_crops
 from ...layers.maskformer import MaskProposalNetwork, MaskProposals, init_mask_proposal_weights
-from ...layers.sliding_window import cut_views, split_pictures, view_boxes
+from ...layers.sliding_window import each_view, encode_each, split_pictures, view_boxes
 from ...losses import MaskClassificationCriterion, Prediction, sum_losses
 from ...modeling_base import OpenVocabularySegmentationModel
 from ...modeling_outputs import ImageState, OpenVocabularySegmentationOutput
+from ...precision import full_precision
 from .configuration_ovseg import OVSegConfig, check_ensemble_weight
 
 
@@ -47,12 +48,24 @@ class OVSegImageState(ImageState):
 
 
 class OVSegForOpenVocabularySegmentation(LearnedPromptMixin, OpenVocabularySegmentationModel):
-    """OVSeg (Liang et al., 2023); with `prompt_type="none"` SimBaseline (Xu et al., 2022)."""
+    """OVSeg (Liang et al., 2023); with `prompt_type="none"` SimBaseline (Xu et al., 2022).
+
+    How many crops CLIP sees depends on the picture, which a graph cannot: compile and export with
+    `ensemble_weight=None`, the proposals' own classification.
+    """
 
     config: OVSegConfig
     switches = frozenset({"ensemble_weight", "class_is_seen"})
     picture_switches = frozenset({"crop_batch_size", "ensemble_weight", "sliding_window"})
     _no_split_modules = ["CLIPEncoderLayer", "SwinStage", "Bottleneck", "MaskFormerDetrDecoderLayer"]
+    # CLIP's picture tower and the mask prompts see crops, not the loss: they have a training of their own
+    trainable_parts = {
+        "adapter": (r"^proposal_network\.(?!backbone\.)", "^no_object_embedding$"),
+        "prompts": (r"\.query_embedding\.", "^no_object_embedding$", r"^text_prompt\."),
+        "attention": (r"^proposal_network\..*\.[qv]_proj\.weight$",),
+        "lora": (r"^proposal_network\..*\.[qv]_proj$",),
+    }
+    unread_parameters = (r"^clip\.(vision_model|visual_projection|logit_scale)", r"^visual_prompts\.")
 
     def __init__(self, config: OVSegConfig) -> None:
         super().__init__(config)
@@ -83,16 +96,28 @@ class OVSegForOpenVocabularySegmentation(LearnedPromptMixin, OpenVocabularySegme
 
     @classmethod
     def from_clip(
-        cls, clip: str | os.PathLike | CLIPModel, backbone: str | os.PathLike | None = None, **config: Any
+        cls,
+        clip: str | os.PathLike | CLIPModel,
+        backbone: str | os.PathLike | None = None,
+        text_prompt: str | os.PathLike | None = None,
+        **config: Any,
     ) -> OVSegForOpenVocabularySegmentation:
         """An untrained model around a trained CLIP and, if given, a backbone trained on ImageNet.
 
         Args:
             clip: a Hub id or folder of a `CLIPModel`, or the model itself.
             backbone: see `conversion_maskformer.load_backbone_weights`.
+            text_prompt: folder or Hub id of a model with a learned text prompt around the same CLIP (DeOP's first
+                training stage learns one): SimBaseline's. It stands in place of templates.
             config: values for the configuration.
         """
+        context = None
+        if text_prompt is not None:
+            context, config["dot_token_id"] = read_learned_prompt(text_prompt)
+            config["num_context_vectors"] = len(context)
         model = super().from_clip(clip, **config)
+        if context is not None:
+            model.load_text_prompt(context)
         if backbone is not None:
             load_backbone_weights(model.proposal_network, backbone)
         return model
@@ -171,9 +196,15 @@ class OVSegForOpenVocabularySegmentation(LearnedPromptMixin, OpenVocabularySegme
         if sliding_window:
             canvas = (config.canvas_pixels, config.canvas_pixels)
             geometry = (canvas, config.window_pixels, config.window_stride, config.global_view)
-            pixel_values = cut_views(split_pictures(pixel_values, reshaped_input_sizes), *geometry)
-            reshaped_input_sizes = torch.tensor([pixel_values.shape[-2:]] * len(pixel_values))
+            state = encode_each(
+                self._encode_image,
+                each_view(split_pictures(pixel_values, reshaped_input_sizes), *geometry),
+                for_training=for_training,
+                crop_batch_size=crop_batch_size,
+                ensemble_weight=ensemble_weight,
+            )
             state.view_boxes, state.canvas_size = view_boxes(*geometry), canvas
+            return state
         *auxiliary, last = self.proposal_network(pixel_values, all_layers=for_training)
         state.proposal_embeddings, state.mask_logits = last.embeddings, last.mask_logits
         if for_training:
@@ -243,7 +274,8 @@ class OVSegForOpenVocabularySegmentation(LearnedPromptMixin, OpenVocabularySegme
     def _binary_masks(self, mask_logits: torch.Tensor, padded: torch.Size, size: list[int]) -> torch.Tensor:
         """Bool `[N, H, W]` at the size of the resized picture: sigmoid above the threshold."""
         logits = interpolate(mask_logits[None].float(), size=padded, mode="bilinear", align_corners=False)[0]
-        return logits[:, : size[0], : size[1]].sigmoid() > self.config.mask_threshold
+        threshold = torch.tensor(self.config.mask_threshold, dtype=torch.float64).logit().item()
+        return logits[:, : size[0], : size[1]] > threshold
 
     def _crop_chunk(
         self, pictures: torch.Tensor, masks: list[torch.Tensor], sizes: list[list[int]], rows: torch.Tensor
@@ -303,7 +335,8 @@ class OVSegForOpenVocabularySegmentation(LearnedPromptMixin, OpenVocabularySegme
     def _proposal_logits(self, embeddings: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
         """`[..., K+1]` float32 of embeddings `[..., D]`; "no object" is the last column."""
         classifier = torch.cat([text_embeds.float(), self.no_object_embedding.float()])
-        return self.config.temperature * normalize(embeddings.float(), dim=-1) @ normalize(classifier, dim=-1).T
+        with full_precision(embeddings):
+            return self.config.temperature * normalize(embeddings.float(), dim=-1) @ normalize(classifier, dim=-1).T
 
     def _ensemble(
         self, own: torch.Tensor, state: OVSegImageState, text_embeds: torch.Tensor, weight: float, class_is_seen: Any
@@ -317,7 +350,7 @@ class OVSegForOpenVocabularySegmentation(LearnedPromptMixin, OpenVocabularySegme
         if weight <= 0:
             return crops * state.valid[..., None]
         crops = torch.where(state.valid[..., None], crops, 1.0)
-        share = own.new_full((len(text_embeds),), float(weight))
+        share = own.new_full((text_embeds.shape[0],), float(weight))
         if class_is_seen is not None:
             seen = torch.as_tensor(class_is_seen, device=own.device, dtype=torch.bool)
             if seen.shape != share.shape:

@@ -13,7 +13,7 @@ from transformers import initialization as init
 
 from ...layers.clip_vision import embed_patches, run_blocks
 from ...layers.mlp import MLP
-from ...layers.sliding_window import cut_views, split_pictures, view_boxes
+from ...layers.sliding_window import each_view, encode_each, split_pictures, view_boxes
 from ...losses import MaskClassificationCriterion, Prediction, sum_losses
 from ...modeling_base import OpenVocabularySegmentationModel
 from ...modeling_outputs import ImageState, OpenVocabularySegmentationOutput
@@ -48,6 +48,12 @@ class SANForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
     config: SANConfig
     _no_split_modules = ["SideBlock", "CLIPEncoderLayer"]
     picture_switches = frozenset({"sliding_window"})
+    trainable_parts = {
+        "adapter": (r"^side_adapter\.", "^background_embedding$"),
+        "prompts": (r"^side_adapter\.query_", "^background_embedding$"),
+        "attention": (r"^clip\.vision_model\..*\.[qv]_proj\.weight$",),
+        "lora": (r"^clip\.vision_model\..*\.[qv]_proj$",),
+    }
 
     def __init__(self, config: SANConfig) -> None:
         super().__init__(config)
@@ -130,8 +136,16 @@ class SANForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
         if sliding_window:
             canvas = (config.canvas_pixels, config.canvas_pixels)
             geometry = (canvas, config.window_pixels, config.window_stride, config.global_view)
-            pixel_values = cut_views(split_pictures(pixel_values, reshaped_input_sizes), *geometry)
+            state = encode_each(
+                self._encode_image,
+                each_view(split_pictures(pixel_values, reshaped_input_sizes), *geometry),
+                for_training=for_training,
+                output_hidden_states=output_hidden_states,
+                output_attentions=output_attentions,
+                output_maps=output_maps,
+            )
             state.view_boxes, state.canvas_size = view_boxes(*geometry), canvas
+            return state
         tokens, clip_grid = embed_patches(self.clip.vision_model, self.clip_input(pixel_values))
         blocks = self.clip.vision_model.encoder.layers
         first = len(blocks) - config.num_recognition_layers

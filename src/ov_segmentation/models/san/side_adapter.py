@@ -126,8 +126,9 @@ class ProposalDecoder(nn.Module):
         if self.config.detach_clip_from_masks:
             query, visual = query.detach(), visual.detach()
         split = (self.config.num_bias_layers, self.config.attention_bias_heads, self.config.mask_embed_dim)
-        features = self.bias_mlp(visual).unflatten(-1, split).permute(0, 2, 3, 4, 1)  # [B, layers, heads, C, h*w]
-        return query[:, None, None] @ features
+        features = self.bias_mlp(visual).unflatten(-1, split)  # [B, h*w, layers, heads, C]
+        bias = features.flatten(1, 3) @ query.transpose(1, 2)
+        return bias.unflatten(1, features.shape[1:4]).permute(0, 2, 3, 4, 1)
 
     def init_weights(self) -> None:
         """PyTorch's default (the MLPs initialise themselves)."""

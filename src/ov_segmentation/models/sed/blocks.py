@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ...layers.linear_attention import ClassAttention, add_pooled, pool_positions
+from ...layers.one_channel import one_channel
 from ...layers.pieces import in_pieces
 from ...layers.upsampling import GuidedUpsampling
 from .chunks import ClassChunk
@@ -52,7 +53,7 @@ class SegmentationHead(nn.Module):
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """The logits."""
-        return self.conv(features.permute(0, 3, 1, 2))[:, 0]
+        return one_channel(self.conv, features)
 
 
 class CostEmbedding(nn.Module):

@@ -52,9 +52,9 @@ def best_classes(logits: torch.Tensor, counts: Sequence[int], top_k: int) -> tor
     """
     kept = []
     for of_row in logits.flatten(1).split(list(counts)):
-        best = of_row.topk(min(top_k, len(of_row)), dim=0, sorted=False).indices
+        best = of_row.topk(min(top_k, of_row.shape[0]), dim=0, sorted=False).indices
         kept.append(
-            torch.zeros(len(of_row), dtype=torch.bool, device=logits.device).index_fill(0, best.flatten(), True)
+            torch.zeros(of_row.shape[0], dtype=torch.bool, device=logits.device).index_fill(0, best.flatten(), True)
         )
     return torch.cat(kept)
 
@@ -68,9 +68,9 @@ def join_small(chunks: Iterable[ClassChunk], size: int) -> list[ClassChunk]:
     """The chunks without empty ones, neighbours joined as long as they hold at most `size` pairs together."""
     joined: list[ClassChunk] = []
     for chunk in chunks:
-        if joined and len(joined[-1].pairs) + len(chunk.pairs) <= size:
+        if joined and joined[-1].pairs.shape[0] + chunk.pairs.shape[0] <= size:
             joined[-1] = ClassChunk.join(joined[-1], chunk)
-        elif len(chunk.pairs):
+        elif chunk.pairs.shape[0]:
             joined.append(chunk)
     return joined
 
@@ -84,7 +84,7 @@ def reject(chunks: list[ClassChunk], logits: torch.Tensor, top_k: int, size: int
         top_k: see `best_classes`.
         size: most pairs of a chunk.
     """
-    kept = best_classes(logits, total_counts(chunks), top_k).split([len(chunk.pairs) for chunk in chunks])
+    kept = best_classes(logits, total_counts(chunks), top_k).split([chunk.pairs.shape[0] for chunk in chunks])
 
     def survivors() -> Iterable[ClassChunk]:
         for keep in kept:

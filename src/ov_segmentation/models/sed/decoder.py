@@ -67,7 +67,7 @@ class SEDDecoder(nn.Module):
             wants_auxiliary: whether the logits of the heads before the last are returned; they get no gradient path to
                 the features.
         """
-        rows, num_classes = len(dense_features), len(text_embeds)
+        rows, num_classes = dense_features.shape[0], text_embeds.shape[0]
         size = chunk_size or rows * num_classes
 
         def by_class(logits: torch.Tensor, pairs: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -110,7 +110,7 @@ class SEDDecoder(nn.Module):
 
     def _early_logits(self, dense_features: torch.Tensor, text_embeds: torch.Tensor, size: int) -> torch.Tensor:
         """Logits `[R * K, h, w]` before the first layer, `size` pairs at a time."""
-        at_once = max(1, size // len(dense_features))
+        at_once = max(1, size // dense_features.shape[0])
         parts = []
         for some_embeds in text_embeds.split(at_once):
             cost = correlation(dense_features, some_embeds)
@@ -126,23 +126,25 @@ class SEDDecoder(nn.Module):
         size: int,
     ) -> Iterator[ClassChunk]:
         """Embedded cost maps of the given classes of each row (None: all), at most `size` of a row at a time."""
-        rows, num_classes = len(dense_features), len(text_embeds)
+        rows, num_classes = dense_features.shape[0], text_embeds.shape[0]
         everything = torch.arange(num_classes, device=dense_features.device)
         for row in range(rows):
-            for some in (everything if classes is None else classes[row]).split(size):
+            of_row = everything if classes is None else classes[row]
+            # without a split the number of classes of an exported program stays open
+            for some in of_row.split(size) if size < num_classes else (of_row,):
                 cost = correlation(dense_features[row : row + 1], text_embeds[some])[0].permute(0, 2, 3, 1).contiguous()
                 yield ClassChunk(
                     features=self.cost_embedding(cost),
                     cost=cost if self.uses_cost else None,
                     pairs=some + row * num_classes,
-                    counts=tuple(len(some) if other == row else 0 for other in range(rows)),
+                    counts=tuple(some.shape[0] if other == row else 0 for other in range(rows)),
                 )
 
 
 def _scatter(logits: torch.Tensor, pairs: Sequence[torch.Tensor], rows: int, num_classes: int) -> torch.Tensor:
     """Logits `[N, h, w]` of (row, class) pairs -> `[rows, K, h, w]`; pairs that are missing have `REJECTED`."""
     size = logits.shape[1:]
-    if len(logits) == rows * num_classes:
+    if logits.shape[0] == rows * num_classes:
         return logits.view(rows, num_classes, *size)
     result = logits.new_full((rows * num_classes, *size), REJECTED)
     return result.index_copy(0, torch.cat(list(pairs)), logits).view(rows, num_classes, *size)

@@ -62,7 +62,11 @@ class ProjectionMLP(nn.Module):
 
 
 class SEDForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
-    """SED (Xie et al., "SED: A Simple Encoder-Decoder for Open-Vocabulary Semantic Segmentation", CVPR 2024)."""
+    """SED (Xie et al., "SED: A Simple Encoder-Decoder for Open-Vocabulary Semantic Segmentation", CVPR 2024).
+
+    Early rejection depends on values, which a graph cannot: compile and export with `rejection_top_k=None`. With
+    `class_chunk_size=None` an exported program takes any number of classes.
+    """
 
     config: SEDConfig
     config_class = SEDConfig
@@ -70,6 +74,12 @@ class SEDForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
     switches = frozenset({"rejection_top_k", "class_attention_pooling", "class_chunk_size"})
     picture_switches = frozenset({"sliding_window", "crop_batch_size"})
     _no_split_modules = ["ConvNextLayer", "CLIPEncoderLayer", "SEDDecoderLayer"]
+    # a ConvNeXt has no attention; its blocks are linear layers but for one convolution
+    trainable_parts = {
+        "adapter": (r"^decoder\.", r"^image_guidance\."),
+        "attention": (r"^vision_model\.encoder\..*\.[qv]_proj\.weight$",),
+        "lora": (r"^vision_model\.encoder\..*\.([qv]_proj|pwconv[12])$",),
+    }
 
     def __init__(self, config: SEDConfig) -> None:
         super().__init__(config)
@@ -120,6 +130,14 @@ class SEDForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
     def text_tower(self) -> tuple[nn.Module, nn.Module]:
         """The text transformer and its projection."""
         return self.text_model.text_model, self.text_model.text_projection
+
+    @property
+    def unread_parameters(self) -> tuple[str, ...]:
+        """The value path of the plain encoder's last block goes round its queries and keys."""
+        if not self.config.has_plain_encoder:
+            return ()
+        last = self.config.vision_config.num_hidden_layers - 1
+        return (rf"^vision_model\.encoder\.layers\.{last}\.self_attn\.[qk]_proj",)
 
     def freeze_pretrained(self) -> None:
         """Freeze the text tower, and of the encoder what `config.num_trainable_stages` leaves out."""
@@ -261,7 +279,7 @@ class SEDForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
         **options: Any,
     ) -> OpenVocabularySegmentationOutput:
         self._check_request(state, text_embeds, rejection_top_k, class_attention_pooling, class_chunk_size)
-        num_classes, chosen = len(text_embeds), None
+        num_classes, chosen = text_embeds.shape[0], None
         if labels is not None and self.training and (self.config.num_training_classes or num_classes) < num_classes:
             chosen = self._training_classes(labels, num_classes, sample_seeds)
             text_embeds = text_embeds[chosen]
@@ -276,7 +294,7 @@ class SEDForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
                 class_chunk_size,
                 wants_auxiliary,
             )
-            for rows in _row_slices(len(state.dense_features), len(text_embeds), class_chunk_size)
+            for rows in _row_slices(len(state.dense_features), text_embeds.shape[0], class_chunk_size)
         ]
         outputs = OpenVocabularySegmentationOutput(
             logits=torch.cat([row.logits for row in rows]), score_function="sigmoid"

@@ -1,0 +1,138 @@
+"""(Row, class) pairs of ESC-Net: which of them are segmented, how they are cut into chunks, and back together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+
+from ...layers.correlation import strongest_classes
+from ...losses import SeededDraws
+
+
+@dataclass
+class ClassChunk:
+    """Some (row, class) pairs on their way through the blocks, sorted by row; a row is a picture or a view of one.
+
+    Args:
+        rows: `[n]` int64, the row of each pair.
+        used_rows: the rows that the pairs belong to.
+        counts: of each of these rows, how many of the n are its classes.
+        features: `[n, h * w, C]`, the residual stream E.
+        keys: `[n, h * w, S]`, the map that SAM refines: of the picture, later of the class.
+        prompt_map: `[n, h, w]`, what the first block's prompts are made from: the correlation.
+        tokens: `[n, T, S]`, queries of the SAM blocks beside those of the prompts; None: none.
+        refined: `[n, h * w, C]`, the refined map F' of the present block, projected.
+        records: name -> `[n, ...]`, what was asked for on the way.
+    """
+
+    rows: torch.Tensor
+    used_rows: slice
+    counts: list[int]
+    features: torch.Tensor
+    keys: torch.Tensor
+    prompt_map: torch.Tensor
+    tokens: torch.Tensor | None = None
+    refined: torch.Tensor | None = None
+    records: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(h, w)."""
+        return tuple(self.prompt_map.shape[1:])
+
+
+def chunk_bounds(counts: list[int], chunk_size: int | None) -> Iterator[tuple[slice, slice, list[int]]]:
+    """Cut rows with `counts` pairs each into chunks of `chunk_size` pairs.
+
+    Yields:
+        the chunk's pairs and its rows as slices, and how many of its pairs belong to each of these rows.
+    """
+    if chunk_size is None:
+        # an exported program keeps the number of classes open, so nothing may be asked about it
+        yield slice(0, sum(counts)), slice(0, len(counts)), counts
+        return
+    ends = [sum(counts[: row + 1]) for row in range(len(counts))]
+    total = ends[-1]
+    for start in range(0, total, chunk_size):
+        stop = min(start + chunk_size, total)
+        shares = [min(end, stop) - max(end - count, start) for end, count in zip(ends, counts, strict=True)]
+        used = [row for row, share in enumerate(shares) if share > 0]
+        rows = slice(used[0], used[-1] + 1)
+        yield slice(start, stop), rows, [max(0, share) for share in shares[rows]]
+
+
+def kept_classes(
+    cost: torch.Tensor, top_k: int | None, max_classes: int | None, order: torch.Tensor | None = None
+) -> torch.Tensor | None:
+    """Classes `[R, K]` bool that are segmented, by their cosines `[R, K, h, w]`; None: all.
+
+    Args:
+        top_k: a class has to be among the k with the highest cosine at some position of its row.
+        max_classes: it has to be among so many with the highest cosine anywhere.
+        order: `[R, K]`, in the place of these highest cosines.
+    """
+    num_classes = cost.shape[1]
+    kept = None
+    if top_k is not None:
+        best = cost.flatten(2).topk(min(top_k, num_classes), dim=1, sorted=False).indices
+        kept = torch.zeros(cost.shape[:2], dtype=torch.bool, device=cost.device).scatter(1, best.flatten(1), True)
+    if max_classes is not None and max_classes < num_classes:
+        scores = cost[:, :, None] if order is None else order[:, :, None, None, None]
+        strongest = torch.zeros(cost.shape[:2], dtype=torch.bool, device=cost.device)
+        strongest = strongest.scatter(1, strongest_classes(scores, max_classes), True)
+        kept = strongest if kept is None else kept & strongest
+    return kept
+
+
+def check_limits(training: bool, averages: bool, limits: dict[str, int | None]) -> None:
+    """Raise a ValueError if switches are out of range, or do not go with training or with averages over classes."""
+    for name, value in limits.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, or None to switch it off, got {value}.")
+    if training and limits["rejection_top_k"] is not None:
+        raise ValueError("Early rejection is for inference: pass rejection_top_k=None in training.")
+    if averages and (limits["rejection_top_k"] is not None or limits["max_classes"] is not None):
+        raise ValueError(
+            "This model averages its maps over all classes: rejecting some would change the others. Pass "
+            "rejection_top_k=None and max_classes=None."
+        )
+
+
+def classes_in(labels: torch.Tensor, num_classes: int) -> torch.Tensor:
+    """Whether each class is somewhere in each label map: `[B, H, W]` int64, negative = ignored -> `[B, K]` bool."""
+    # the first column collects ignored pixels
+    shown = torch.zeros(len(labels), 1 + num_classes, dtype=torch.bool, device=labels.device)
+    return shown.scatter(1, labels.flatten(1).clamp(min=-1) + 1, True)[:, 1:]
+
+
+def labelled_first(labels: torch.Tensor, num_classes: int, draws: SeededDraws) -> torch.Tensor:
+    """Random order `[B, K]` of the classes of each picture, in which those of its labels have the highest values.
+
+    Were the others chosen by their cosines, low cosines would give away which classes are there, and a model soon makes
+    them low: on scenes, one found 9 pixels in 10 in training and nothing in evaluation.
+    """
+    random = torch.stack([draws.uniform("classes", row, (num_classes,)) for row in range(len(labels))])
+    return random.to(labels.device) + classes_in(labels, num_classes)
+
+
+def by_class(
+    parts: list[torch.Tensor], shape: tuple[int, int], kept: torch.Tensor | None, missing: float
+) -> torch.Tensor:
+    """Values `[n, ...]` of the pairs that are `kept` `[R, K]` (None: all) -> `[R, K, ...]`, `missing` elsewhere."""
+    values = torch.cat(parts)
+    if kept is None:
+        return values.unflatten(0, tuple(shape))
+    return values.new_full((*shape, *values.shape[1:]), missing).index_put((kept,), values)
+
+
+def average_over_classes(chunks: list[ClassChunk], num_classes: int) -> None:
+    """Replace each class's refined map by the mean over all `num_classes` of its row; the chunks hold them all."""
+    first = chunks[0].refined
+    num_rows = chunks[-1].used_rows.stop
+    means = first.new_zeros(num_rows, *first.shape[1:])
+    for chunk in chunks:
+        means = means.index_add(0, chunk.rows, chunk.refined / num_classes)
+    for chunk in chunks:
+        chunk.refined = means[chunk.rows]
