@@ -1,8 +1,9 @@
-"""Segment a picture with the checkpoint that comes with the project: `make demo`, or `python examples/demo.py`.
+"""Segment a picture with a checkpoint that comes with the project: `make demo METHOD=sed`, `python examples/demo.py`.
 
-No network is needed. The checkpoint is a small SAN trained on synthetic scenes of coloured, patterned shapes
-(examples/recipes/san_scenes.yaml): it knows the words of those scenes, and compositions of them that it never saw.
-It knows nothing about photographs: for those, convert or load a checkpoint of a published method.
+No network is needed. The checkpoints are small models trained on synthetic scenes of coloured, patterned shapes
+(examples/recipes/<method>_scenes.yaml): they know the words of those scenes, and compositions of them that they never
+saw. They know nothing about photographs: for those, convert or load a checkpoint of a published method. DeOP is shown
+as it is without any training, around the small CLIP that the others were trained around.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,10 +19,21 @@ from PIL import Image
 from transformers import pipeline
 
 import ov_segmentation  # noqa: F401  registers the task
+from ov_segmentation.cli import table
 from ov_segmentation.image_reading import read_image
 from ov_segmentation.visualization import overlay
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
+FOLDERS = {
+    "san": "san_scenes",
+    "ovseg": "ovseg_scenes_small",
+    "deop": "clip_vit_scenes",
+    "sed": "sed_scenes",
+    "cat_seg": "cat_seg_scenes",
+    "esc_net": "esc_net_scenes",
+}
+CHECKPOINTS = {method: folder for method, folder in FOLDERS.items() if (ASSETS / folder).is_dir()}
+"""Method -> folder of its bundled checkpoint in assets/, of those that there are."""
 LABELS = (ASSETS / "scene_labels.txt").read_text(encoding="utf-8").strip()
 
 
@@ -29,16 +42,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--picture", default=str(ASSETS / "scene.png"), help="path, URL or data URI")
     parser.add_argument("--labels", default=LABELS, help="class names, separated by commas")
-    parser.add_argument("--model", default=str(ASSETS / "san_scenes"), help="folder or Hub id of a checkpoint")
+    parser.add_argument("--method", choices=CHECKPOINTS, default="san", help="whose bundled checkpoint")
+    parser.add_argument("--model", help="folder or Hub id of another checkpoint")
     parser.add_argument("--output", type=Path, default=Path("demo.png"), help="where the overlay goes")
     options = parser.parse_args(arguments)
-    segment = pipeline("open-vocabulary-segmentation", model=options.model, dtype=torch.float32)
+    segment = load(options.method) if options.model is None else load_checkpoint(options.model)
     picture, _ = read_image(options.picture)
     result = segment(picture, candidate_labels=options.labels, output_type="map", return_confidence=True)
     print(table(result))
     drawn = overlay(enlarged(picture), enlarged(result["segmentation"]), result["labels"])
     side_by_side(Image.fromarray(enlarged(picture)), drawn).save(options.output)
     print(f"\nPicture and overlay: {options.output}")
+
+
+def load(method: str) -> Any:
+    """The pipeline of a method's bundled checkpoint."""
+    return load_checkpoint(str(ASSETS / CHECKPOINTS[method]))
+
+
+def load_checkpoint(source: str) -> Any:
+    """The pipeline of a folder or Hub id."""
+    return pipeline("open-vocabulary-segmentation", model=source, dtype=torch.float32)
 
 
 def enlarged(pixels: np.ndarray, least: int = 384) -> np.ndarray:
@@ -53,19 +77,6 @@ def side_by_side(left: Image.Image, right: Image.Image) -> Image.Image:
     sheet.paste(left, (0, 0))
     sheet.paste(right, (left.width, 0))
     return sheet
-
-
-def table(result: dict) -> str:
-    """The labels that own pixels, largest first: name, share of the picture, mean confidence."""
-    pixels, total = result["segmentation"], result["segmentation"].size
-    rows = [
-        (label, np.count_nonzero(pixels == index) / total, score)
-        for index, (label, score) in enumerate(zip(result["labels"], result["scores"], strict=True))
-    ]
-    shown = sorted((row for row in rows if row[1]), key=lambda row: -row[1])
-    width = max(len("label"), *(len(label) for label, _, _ in shown))
-    lines = [f"{'label':{width}}    area  confidence"]
-    return "\n".join(lines + [f"{label:{width}}  {area:6.1%}  {score:10.2f}" for label, area, score in shown])
 
 
 if __name__ == "__main__":
