@@ -10,8 +10,10 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from ov_segmentation.data.scene_difficulty import DIFFICULTIES
 from ov_segmentation.data.scene_folders import write_scenes
 from ov_segmentation.data.scene_vocabulary import SceneVocabulary
+from ov_segmentation.data.scenes import GEOMETRIES
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -23,10 +25,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vocabulary", choices=("small", "full"), default="small")
     parser.add_argument("--size", type=int, default=96, help="side in pixels")
+    parser.add_argument("--geometry", choices=GEOMETRIES, default="easy", help="hard: smaller and rotated objects")
+    parser.add_argument(
+        "--difficulty", choices=DIFFICULTIES, default="standard", help="overlap; lighting, blur, noise and JPEG"
+    )
     options = parser.parse_args(arguments)
     vocabulary = SceneVocabulary.by_name(options.vocabulary)
     write_scenes(
-        options.output, options.train, options.evaluation, options.seed, vocabulary=vocabulary, size=options.size
+        options.output,
+        options.train,
+        options.evaluation,
+        options.seed,
+        vocabulary=vocabulary,
+        size=options.size,
+        geometry=options.geometry,
+        difficulty=options.difficulty,
     )
     print(f"{options.train} training and {options.evaluation} evaluation scenes written to {options.output}")
 

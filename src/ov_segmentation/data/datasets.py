@@ -17,6 +17,7 @@ from datasets import (
     load_dataset,
     load_from_disk,
 )
+from datasets.exceptions import DatasetNotFoundError
 
 from ..vocabulary import BENCHMARKS, Vocabulary
 from .class_names import class_names as names_from_features
@@ -34,6 +35,7 @@ ANNOTATION_COLUMNS = (
     "seg_map",
 )
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+LABEL_MAP_FOLDERS = ("annotations", "masks", "labels")
 NAMES_FILE = "class_names.json"
 
 Names = str | Sequence[str | Sequence[str]]
@@ -55,9 +57,9 @@ def load_segmentation_data(
     """Load a data set of pictures and label maps.
 
     Args:
-        name: a folder with `images/<split>/` and `annotations/<split>/` (same file stems; without split folders it is
-            one split "train"); a folder written by `save_to_disk`; any folder that `load_dataset` understands (parquet,
-            an imagefolder with `metadata.jsonl`); or a Hub id.
+        name: a folder with `images/<split>/` and `annotations/<split>/` (or `masks/`, or `labels/`) with the same file
+            stems, where without split folders there is one split "train"; a folder written by `save_to_disk`; any
+            folder that `load_dataset` understands (parquet, an imagefolder with `metadata.jsonl`); or a Hub id.
         config_name, revision: for Hub ids.
         image_column, annotation_column: default: by type (`Image`) and usual names.
         class_names: names in index order (a list inside: synonyms), the key of a packaged benchmark, or a JSON file of
@@ -92,18 +94,19 @@ def load_splits(
 ) -> DatasetDict | IterableDatasetDict:
     """The splits of a folder or Hub id as they are; arguments and errors: see [`load_segmentation_data`]."""
     path, name = Path(name), str(name)
-    tree = (path / "images").is_dir() and (path / "annotations").is_dir()
+    label_maps = [path / folder for folder in LABEL_MAP_FOLDERS if (path / folder).is_dir()]
+    tree = (path / "images").is_dir() and bool(label_maps)
     saved = (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
     if streaming and (tree or saved):
         raise ValueError(f"{path} has random access and is not streamed: leave streaming out.")
     if tree:
-        return _local_tree(path)
+        return _local_tree(path, label_maps[0])
     if saved:
         loaded = load_from_disk(str(path))
     else:
         if not path.is_dir() and name.startswith((".", "/", "~")):
             raise FileNotFoundError(f"There is no folder {path}.")
-        loaded = load_dataset(name, config_name, revision=revision, streaming=streaming)
+        loaded = _from_hub_or_folder(name, config_name, revision, streaming)
         # a stream that decodes would encode pictures again, with loss, when its columns are renamed
         if streaming:
             loaded = IterableDatasetDict({split: rows.decode(False) for split, rows in loaded.items()})
@@ -114,11 +117,26 @@ def load_splits(
     return loaded
 
 
-def _local_tree(root: Path) -> DatasetDict:
+def _from_hub_or_folder(name: str, config_name: str | None, revision: str | None, streaming: bool) -> Any:
+    try:
+        return load_dataset(name, config_name, revision=revision, streaming=streaming)
+    except DatasetNotFoundError as error:
+        raise FileNotFoundError(
+            f"{error} Nor is there such a folder. A private one needs `hf auth login`, or HF_TOKEN with a token that "
+            f"may read it."
+        ) from error
+    except ConnectionError as error:
+        raise ConnectionError(
+            f"{error}. It is not in the cache: offline (HF_HUB_OFFLINE=1), a data set is there only if it was loaded "
+            f"before, while online and without streaming."
+        ) from error
+
+
+def _local_tree(root: Path, label_maps: Path) -> DatasetDict:
     folders = {folder.name: folder for folder in sorted((root / "images").iterdir()) if folder.is_dir()}
     splits = {}
     for split, images in (folders or {"train": root / "images"}).items():
-        annotations = root / "annotations" / (split if folders else "")
+        annotations = label_maps / (split if folders else "")
         pictures = {file.stem: file for file in sorted(images.iterdir()) if file.suffix.lower() in PICTURE_SUFFIXES}
         if not annotations.is_dir():
             raise FileNotFoundError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -120,6 +120,10 @@ class LabelledPictures:
             name = f"sample {index} of split {self.split!r} ({self.file_name(int(index))})"
             raise ValueError(f"{name}: its picture or label map cannot be decoded ({error}).") from error
         return self.data.check(row, _place(index, self.split, row))
+
+    def select(self, indices: Sequence[int]) -> LabelledPictures:
+        """The pictures with these indices, in this order."""
+        return LabelledPictures(self.data, self.split, self.rows.select(indices))
 
     def file_name(self, index: int) -> str:
         """The picture's file name, its index where the data set has none."""

@@ -131,7 +131,15 @@ def _read(source: str | Path, split: str) -> Dataset:
     if path.is_dir() and (folders := _class_folders(path)):
         pictures = [file for folder in folders for file in _pictures(folder)]
         return _dataset(pictures, [file.parent.name for file in pictures])
-    splits = load_splits(source)
+    none = (
+        f"{source} holds no pairs in the split {split!r}: mining.json and the counts beside it say what was left out."
+    )
+    try:
+        splits = load_splits(source)
+    except ValueError as error:
+        if "no data" in str(error):  # what datasets says of parquet files without rows
+            raise ValueError(none) from error
+        raise
     if split not in splits:
         raise ValueError(f"{source} has no split {split!r}. It has: {', '.join(splits)}.")
     rows = splits[split]
@@ -141,7 +149,7 @@ def _read(source: str | Path, split: str) -> Dataset:
             f"examples/mine_mask_pairs.py writes pairs."
         )
     if not len(rows):
-        raise ValueError(f"{source} holds no pairs in the split {split!r}.")
+        raise ValueError(none)
     return rows.select_columns(["image", "mask", "noun"])
 
 

@@ -19,6 +19,8 @@ Tagger = Callable[[str], list[TaggedWord]]
 
 NOUN_TAGS = frozenset({"NN", "NNS", "NNP", "NNPS"})
 MODIFIER_TAGS = frozenset({"JJ", "JJR", "JJS", "VBN"})
+PHRASE_OPENERS = frozenset({"DT", "PRP$", "CD", "JJ", "JJR", "JJS"})
+BARE_VERB_TAGS = frozenset({"VB", "VBP"})
 
 
 def find_tagger(name: TaggerName = "auto") -> tuple[str, Tagger]:
@@ -72,7 +74,22 @@ def _spacy_tagger() -> tuple[str, Tagger]:
 def _textblob_tagger() -> tuple[str, Tagger]:
     if find_spec("textblob") is None:
         raise ImportError("textblob, whose tagger needs no further data: pip install ov_segmentation[mining].")
-    return "textblob", import_module("textblob.en").tag
+    tag = import_module("textblob.en").tag
+    return "textblob", lambda caption: _verbs_in_noun_phrases(tag(caption))
+
+
+def _verbs_in_noun_phrases(words: Iterable[TaggedWord]) -> list[TaggedWord]:
+    """Words that a lexicon knows as bare verbs are nouns after a determiner, a number or modifiers: "a red cross".
+
+    A bare verb cannot stand there, and textblob's tagger, which looks words up one by one, has it in captions often.
+    """
+    corrected, inside = [], False
+    for word, tag in words:
+        if inside and tag in BARE_VERB_TAGS:
+            tag = "NN"
+        inside = tag in PHRASE_OPENERS or (inside and tag in MODIFIER_TAGS)
+        corrected.append((word, tag))
+    return corrected
 
 
 def extract_nouns(caption: str, tagger: Tagger, phrases: bool = False, singular: bool = False) -> list[str]:

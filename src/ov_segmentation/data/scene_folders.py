@@ -20,7 +20,7 @@ def write_scenes(output: str | Path, num_train: int, num_evaluation: int, seed: 
     Args:
         num_train, num_evaluation: scenes; `train`'s own validation split has an eighth of `num_evaluation`.
         seed: training, validation and evaluation scenes come from seeds of their own that follow from it.
-        scenes: `vocabulary`, `size`, `geometry`, see [`scenes_dataset`].
+        scenes: `vocabulary`, `size`, `geometry`, `difficulty`, see [`scenes_dataset`].
     """
     parts = (
         (TRAIN_FOLDER, "train", num_train, TIERS[:1]),

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .scene_difficulty import DIFFICULTIES
 from .scene_drawing import STUFF_RGB, THING_RGB, pattern_field, shape_alpha, texture_field
 from .scene_vocabulary import STUFF_TEXTURES, THING_PATTERNS, THING_SHAPES, SceneVocabulary
 
@@ -74,6 +75,7 @@ class SceneGenerator:
         seed: any non-negative integer.
         tiers: tiers whose classes are drawn, as objects and as background alike, so that nothing else can leak.
         geometry: "easy" (default) or "hard" (smaller objects, more rotation and distortion).
+        difficulty: "standard" (default), "crowded" (overlap), "harsh" (lighting, blur, noise, JPEG) or "crowded_harsh".
     """
 
     def __init__(
@@ -83,13 +85,16 @@ class SceneGenerator:
         seed: int = 0,
         tiers: Sequence[str] = ("a", "b", "c"),
         geometry: str = "easy",
+        difficulty: str = "standard",
     ) -> None:
+        if difficulty not in DIFFICULTIES:
+            raise ValueError(f"Unknown difficulty {difficulty!r}: choose one of {list(DIFFICULTIES)}.")
         if geometry not in GEOMETRIES:
             raise ValueError(f"Unknown geometry {geometry!r}: choose one of {list(GEOMETRIES)}.")
         if size < 32:
             raise ValueError(f"size={size}: scenes need at least 32 pixels to show five objects.")
         self.vocabulary, self.size, self.seed = vocabulary, size, seed
-        self.tiers, self.geometry = tuple(tiers), geometry
+        self.tiers, self.geometry, self.difficulty = tuple(tiers), geometry, DIFFICULTIES[difficulty]
         self.things = torch.tensor(vocabulary.classes_of(tiers, "things"))
         self.stuff = torch.tensor(vocabulary.classes_of(tiers, "stuff"))
         if len(self.things) == 0 or len(self.stuff) == 0:
@@ -138,6 +143,8 @@ class SceneGenerator:
         inner = slice(margin, margin + self.size)
         labels, instances = labels[:, inner, inner].contiguous(), instances[:, inner, inner].contiguous()
         images = self._light(canvas[:, :, inner, inner], generator)
+        # a generator of its own: the standard scenes' draws stay as they are
+        images = self.difficulty.spoil(images, torch.Generator().manual_seed(generator.initial_seed() + 1))
         captions = self._captions(labels, instances, classes)
         return SceneBatch(images, labels, instances.to(torch.int8), classes, boxes, stuff_classes, captions)
 
@@ -183,10 +190,12 @@ class SceneGenerator:
         return canvas, labels, classes
 
     def _place_objects(self, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        """Classes [B, 5] (-1: no object) and boxes [B, 5, 3]; of eight random places the one with the least overlap."""
+        """Classes [B, 5] (-1: no object) and boxes [B, 5, 3]; of eight random places the one with the least overlap, in
+        crowded scenes the first."""
         count = torch.randint(1, MAX_OBJECTS + 1, (BLOCK, 1), generator=generator)
         classes = self.things[torch.randint(len(self.things), (BLOCK, MAX_OBJECTS), generator=generator)]
-        classes = classes.where(torch.arange(MAX_OBJECTS) < count, -1)
+        if not self.difficulty.crowded:
+            classes = classes.where(torch.arange(MAX_OBJECTS) < count, -1)
         low, high = (value * self._scale for value in GEOMETRIES[self.geometry]["radius"])
         radius = low + (high - low) * torch.rand(BLOCK, MAX_OBJECTS, generator=generator)
         places = torch.rand(BLOCK, MAX_OBJECTS, NUM_PLACES, 2, generator=generator)
@@ -196,7 +205,7 @@ class SceneGenerator:
         for index in range(1, MAX_OBJECTS):
             gap = (places[:, index, :, None] - chosen[:, None]).square().sum(-1).sqrt()
             gap = gap / (radius[:, index, None, None] + radius[:, None, :index])
-            best = gap.amin(-1).argmax(1)
+            best = torch.zeros(BLOCK, dtype=torch.long) if self.difficulty.crowded else gap.amin(-1).argmax(1)
             chosen = torch.cat([chosen, places[torch.arange(BLOCK), index, best][:, None]], dim=1)
         return classes, torch.cat([chosen, radius[:, :, None]], dim=-1)
 

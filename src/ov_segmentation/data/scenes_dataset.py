@@ -18,6 +18,7 @@ def scenes_dataset(
     vocabulary: SceneVocabulary | None = None,
     size: int = REFERENCE_SIZE,
     geometry: str = "easy",
+    difficulty: str = "standard",
     name_tiers_only: bool = False,
     **dataset_options: Any,
 ) -> Any:
@@ -29,7 +30,7 @@ def scenes_dataset(
 
     Args:
         num: number of scenes.
-        seed, tiers, size, geometry: as for [`SceneGenerator`].
+        seed, tiers, size, geometry, difficulty: as for [`SceneGenerator`].
         vocabulary: default [`SceneVocabulary.small`].
         name_tiers_only: the class names (and indices) are those of `tiers` and no others: training must not meet the
             names of the other tiers, not even as wrong answers.
@@ -48,6 +49,7 @@ def scenes_dataset(
         "vocabulary": vocabulary,
         "size": size,
         "geometry": geometry,
+        "difficulty": difficulty,
         "classes": tuple(classes),  # not a list, which `from_generator` would take for shards
     }
     features = segmentation_features([vocabulary.names[index] for index in classes], caption=Value("string"))
@@ -61,9 +63,10 @@ def _scene_rows(
     vocabulary: SceneVocabulary,
     size: int,
     geometry: str,
+    difficulty: str,
     classes: tuple[int, ...],
 ) -> Iterator[dict[str, Any]]:
-    generator = SceneGenerator(vocabulary, size=size, seed=seed, tiers=tiers, geometry=geometry)
+    generator = SceneGenerator(vocabulary, size=size, seed=seed, tiers=tiers, geometry=geometry, difficulty=difficulty)
     map_type = np.uint8 if len(classes) <= 255 else np.uint16
     numbers = np.full(len(vocabulary.names), -1, dtype=np.int32)
     numbers[list(classes)] = np.arange(len(classes))
