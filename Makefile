@@ -5,13 +5,13 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable
 # One thread per process: the suite and the training runs are processes side by side.
 ENVIRONMENT := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
-SOURCES := src tests tools conversion examples setup.py
+SOURCES := src tests tools conversion examples benchmarks setup.py
 LINTED = $(wildcard $(SOURCES))
 
 .PHONY: demo test slow lint format readme bench clean
 
 demo: $(VENV)/.demo
-	$(BIN)/python examples/demo.py
+	$(BIN)/python examples/demo.py $(if $(METHOD),--method $(METHOD))
 
 test: lint
 	$(ENVIRONMENT) $(BIN)/python -m pytest -q -n 2 -m "not slow"
@@ -28,10 +28,11 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format $(LINTED)
 
 readme: $(VENV)/.dev
-	$(BIN)/python tools/readme.py
+	$(BIN)/python -m tools.readme
+	$(BIN)/python examples/ablate.py --limit 0 --table docs/ablations.md
 
 bench: $(VENV)/.dev
-	$(ENVIRONMENT) $(BIN)/python tools/bench.py san
+	$(BIN)/python benchmarks/speed.py --threads 2 --ledger results/speed.jsonl
 
 clean:
 	rm -rf $(VENV)

@@ -1,6 +1,8 @@
 """Train a small CLIP on captions of synthetic scenes.
 
 python examples/train_clip.py --recipe examples/recipes/clip_vit_scenes.yaml --output clip_vit_scenes --seed 0
+
+Start the same command again to continue a run that was killed; on a CPU it ends with the same bits.
 """
 
 from __future__ import annotations
@@ -9,7 +11,9 @@ import argparse
 import json
 import sys
 
+from ov_segmentation.training.checkpointing import CheckpointError
 from ov_segmentation.training.contrastive import ContrastiveRecipe, train_clip
+from ov_segmentation.training.run_folder import RunFolderError
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -29,7 +33,10 @@ def main(arguments: list[str] | None = None) -> None:
         recipe = ContrastiveRecipe.from_yaml(options.recipe, steps=options.steps, init_from=options.init_from)
     except (OSError, TypeError, ValueError) as error:
         sys.exit(f"{options.recipe}: {error}")
-    figures = train_clip(recipe, options.output, options.seed, options.minutes, options.device)
+    try:
+        figures = train_clip(recipe, options.output, options.seed, options.minutes, options.device)
+    except (CheckpointError, RunFolderError) as error:
+        sys.exit(f"{type(error).__name__}: {error}")
     print(json.dumps(figures, indent=1))
 
 

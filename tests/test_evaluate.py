@@ -27,6 +27,7 @@ from ov_segmentation.evaluation.similarity import label_set_similarity
 from ov_segmentation.evaluation.vocabulary_report import check_spelling, usable
 from ov_segmentation.metrics import ConfusionMatrix
 from ov_segmentation.modeling_outputs import OpenVocabularySegmentationOutput
+from ov_segmentation.proposal_recall import ProposalScores, precision_of_proposals, recall_of_regions
 from ov_segmentation.region_scores import region_scores
 from ov_segmentation.vocabulary import Vocabulary
 from tests import fake_model, official_trees
@@ -104,12 +105,16 @@ def test_ground_truth_scores_100_on_every_benchmark(prepared, tmp_path, monkeypa
     for name in SPELLED:
         answers |= answers_of(prepared, name)
     model = fake_model.save(tmp_path / "model", answers)
-    reports = evaluate(model, [prepared], tmp_path / "out", "--oracle", "masks", "classes", benchmarks=tuple(SPELLED))
+    options = ("--oracle", "masks", "classes", "--proposal-recall")
+    reports = evaluate(model, [prepared], tmp_path / "out", *options, benchmarks=tuple(SPELLED))
     printed = capsys.readouterr().out
     for report in reports.values():
         assert_perfect(report, ("masks", "classes"))
         assert report["protocol_id"] in printed
         assert report["pictures"] == 2
+        # ignored pixels are a region of their own, which a model that names them does not have
+        assert report["proposals"]["regions@0.3"]["recall"] >= 0.8
+        assert ("proposals@0.5" in report["proposals"]) == (family == "masks")
     for name in ("coco_stuff_171", "pascal_voc_20"):  # they have a zero-shot split
         assert reports[name]["scores"]["plain"]["hiou"] == 1.0
     assert "hiou" not in reports["ade20k_150"]["scores"]["plain"]
@@ -417,10 +422,11 @@ def test_methods_score_as_by_hand(method, tmp_path):
     processor.save_pretrained(tmp_path / "model")
     _, data = known_errors(tmp_path / "tree")
     given = ["--model", str(tmp_path / "model"), "--data", data, "--output", str(tmp_path / "out")]
-    main([*given, "--benchmark", "camvid_11", "--oracle", "masks", "classes"])
+    main([*given, "--benchmark", "camvid_11", "--oracle", "masks", "classes", "--proposal-recall"])
     report = json.loads((tmp_path / "out/camvid_11/report.json").read_text())
     protocol = evaluation_protocol("camvid_11", method.model_type)
     matrix = ConfusionMatrix(11, ignore_index=11)
+    proposals = {f"{kind}@{iou}": ProposalScores() for kind in ("proposals", "regions") for iou in (0.3, 0.5)}
     with torch.no_grad():
         text_embeds = model.encode_vocabulary(**processor(text=protocol.vocabulary, return_tensors="pt"))
         for number in range(2):
@@ -431,6 +437,23 @@ def test_methods_score_as_by_hand(method, tmp_path):
             outputs = model(**inputs, text_embeds=text_embeds, **protocol.switches)
             maps = processor.post_process_semantic_segmentation(outputs, target_sizes=[(24, 32)])
             matrix.update(maps, [np.array(label_map)])
+            ids = torch.tensor(np.array(label_map)).long()
+            ids[ids == 11] = -100
+            for iou in (0.3, 0.5):
+                proposals[f"regions@{iou}"] += recall_of_regions(maps[0], ids, range(11), iou)
+                if outputs.masks_queries_logits is not None:
+                    masks = torch.nn.functional.interpolate(
+                        outputs.masks_queries_logits, size=inputs["pixel_values"].shape[-2:], mode="bilinear"
+                    )
+                    height, width = inputs["reshaped_input_sizes"][0].tolist()
+                    found = precision_of_proposals(masks[0, :, :height, :width], ids, range(11), iou)
+                    proposals[f"proposals@{iou}"] += found
+    kinds = ("proposals", "regions") if outputs.masks_queries_logits is not None else ("regions",)
+    assert sorted(report["proposals"]) == [f"{kind}@{iou}" for kind in kinds for iou in (0.3, 0.5)]
+    for name, values in report["proposals"].items():
+        assert {key: values[key] for key in vars(proposals[name])} == vars(proposals[name])
+        assert values["candidates"] > 0 and values["regions_seen"] > 0
+        assert values["recall"] == proposals[name].figures()["recall"] and values["recall_unseen"] is None
     scores = matrix.compute(protocol.averaging)
     assert report["miou"] == scores.miou
     assert [row["predicted_pixels"] for row in report["classes"]] == matrix.counts[:, :11].sum(0).tolist()

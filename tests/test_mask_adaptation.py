@@ -361,7 +361,9 @@ def test_the_chain_on_scenes(tmp_path: Path) -> None:
     sizes = {"train": 16, "evaluation": 4, "clip-steps": 2, "steps": 1, "adaptation-steps": 1, "train-pictures": 4}
     options = [part for name, value in sizes.items() for part in (f"--{name}", str(value))]
     ledger = tmp_path / "ledger.jsonl"
-    on_scenes(["--output", str(tmp_path / "run"), *options, "--max-evaluation", "2", "--ledger", str(ledger)])
+    options += ["--max-evaluation", "2", "--min-score", "-1"]  # an untrained CLIP's cosines
+    on_scenes(["--output", str(tmp_path / "run"), *options, "--ledger", str(ledger)])
+    on_scenes(["--output", str(tmp_path / "run"), *options, "--ledger", str(ledger)])  # nothing is left to do
     entries = [json.loads(line) for line in ledger.read_text().splitlines()]
     names = ["maskformer", "fine_tuned", "prompts", "both"]
     assert [entry["name"] for entry in entries] == [f"ovseg_scenes_{name}" for name in names]

@@ -14,7 +14,7 @@ from PIL import Image as PILImage
 
 from examples.mine_mask_pairs import main
 from ov_segmentation.data.class_names import segmentation_features
-from ov_segmentation.data.mask_pairs import MASKED_OUT, load_mask_pairs
+from ov_segmentation.data.mask_pairs import MASKED_OUT, load_mask_pairs, pair_features
 from ov_segmentation.data.mining import MiningOptions, PairMiner
 from ov_segmentation.data.mining_run import MiningRun, SourcePictures
 from ov_segmentation.data.nouns import extract_nouns, find_tagger
@@ -59,6 +59,21 @@ def test_long_captions_phrases_and_singular_forms() -> None:
         "green grainy ground",
     ]
     assert extract_nouns("two dogs", TAGGER, singular=True) == ["dog"]
+
+
+@pytest.mark.parametrize(
+    ("caption", "phrases"),
+    [
+        ("a red striped cross and a dotted cross on gray cloudy ground", ["red striped cross", "dotted cross"]),
+        ("A MAN NEXT TO A STOP SIGN", ["man", "stop sign"]),
+        ("the kids play catch near two bear", ["kids", "bear"]),
+        ("a man in a shirt walk his dog", ["man", "shirt", "dog"]),
+        ("two dogs run", ["dogs"]),
+    ],
+)
+def test_verbs_of_the_lexicon_are_nouns_where_only_nouns_can_stand(caption: str, phrases: list[str]) -> None:
+    found = extract_nouns(caption, TAGGER, phrases=True)
+    assert [phrase for phrase in found if phrase not in ("catch", "gray cloudy ground")] == phrases
 
 
 def test_missing_taggers_say_how_to_get_them(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -262,6 +277,14 @@ def test_bad_sources(tmp_path: Path) -> None:
     Dataset.from_dict({"image": [picture], "text": ["x"]}, features=features).save_to_disk(str(tmp_path / "other"))
     with pytest.raises(ValueError, match="mask, noun"):
         load_mask_pairs(tmp_path / "other")
+
+
+def test_a_run_that_found_nothing(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    empty = Dataset.from_dict({name: [] for name in pair_features()}, features=pair_features())
+    empty.to_parquet(tmp_path / "data" / "train-00000-of-00001.parquet")
+    with pytest.raises(ValueError, match="holds no pairs in the split 'train'"):
+        load_mask_pairs(tmp_path)
 
 
 def test_an_empty_mask_names_its_pair(tmp_path: Path) -> None:

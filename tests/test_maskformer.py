@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import pickle
+import re
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassClassValidationError
@@ -9,6 +16,8 @@ from torch.nn.functional import batch_norm, interpolate
 from transformers import SwinConfig
 from transformers.models.swin.modeling_swin import SwinDropPath
 
+from ov_segmentation.conversion import ConversionError
+from ov_segmentation.conversion_maskformer import load_backbone_weights
 from ov_segmentation.layers.configuration_maskformer import MaskProposalConfig, ResNetCConfig
 from ov_segmentation.layers.mask_crops import cropped_masks, mask_boxes, masked_crops
 from ov_segmentation.layers.maskformer import MaskProposalNetwork
@@ -118,3 +127,65 @@ def test_expanded_boxes_stay_on_the_picture() -> None:
     masks[0, 8:12, 10:20] = True
     masks[1, 0:10, 0:30] = True
     assert mask_boxes(masks, 1.5).tolist() == [[7, 7, 22, 13], [0, 0, 30, 12]]
+
+
+# ---------------------------------------------------------------------- weights of the backbone
+
+
+def detectron2_weights(network: MaskProposalNetwork) -> dict[str, np.ndarray]:
+    """A ResNet-c's weights under detectron2's names."""
+    weights = {}
+    for name, value in network.backbone.state_dict().items():
+        name = re.sub(r"^stem\.(\d)\.", lambda m: f"stem.conv{int(m[1]) + 1}.", name)
+        name = re.sub(r"^stages\.(\d)\.", lambda m: f"res{int(m[1]) + 2}.", name)
+        weights[name.replace(".conv.weight", ".weight")] = value.numpy()
+    return weights
+
+
+def make_resnet_network() -> MaskProposalNetwork:
+    sizes = {"stem_channels": 8, "depths": (1, 1, 1, 3), "widths": (4, 4, 8, 8), "out_channels": (8, 16, 16, 32)}
+    return make_network(backbone_config={"model_type": "ov_resnet_c", **sizes})
+
+
+@pytest.mark.parametrize("protocol", range(5))
+def test_backbone_from_a_plain_pickle(tmp_path: Path, protocol: int) -> None:
+    """As detectron2 writes them; protocols below 3 are what Python 2 wrote."""
+    source, target = make_resnet_network(), make_resnet_network()
+    torch.nn.init.normal_(source.backbone.stem[0].conv.weight)
+    content = {"model": OrderedDict(detectron2_weights(source)), "__author__": "somebody", "step": np.float32(3)}
+    (tmp_path / "R-103.pkl").write_bytes(pickle.dumps(content, protocol=protocol))
+    load_backbone_weights(target, tmp_path / "R-103.pkl")
+    for name, value in source.backbone.state_dict().items():
+        assert torch.equal(target.backbone.state_dict()[name], value)
+
+
+class Evil:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return os.system, (f"touch {self.path}",)
+
+
+@pytest.mark.parametrize("inside", ["list", "object array"])
+def test_code_in_a_plain_pickle_is_refused(tmp_path: Path, inside: str) -> None:
+    proof = tmp_path / "proof"
+    evil = [Evil(proof)] if inside == "list" else np.array([Evil(proof)], dtype=object)
+    (tmp_path / "R-103.pkl").write_bytes(pickle.dumps({"stem.conv1.weight": evil}))
+    with pytest.raises(ConversionError, match=r"holds objects \((posix|os)\.system\)"):
+        load_backbone_weights(make_resnet_network(), tmp_path / "R-103.pkl")
+    assert not proof.exists()
+
+
+def test_damaged_pickles_and_missing_networks(tmp_path: Path) -> None:
+    content = pickle.dumps(detectron2_weights(make_resnet_network()))
+    (tmp_path / "half.pkl").write_bytes(content[: len(content) // 2])
+    with pytest.raises(ConversionError, match=r"damaged|download complete"):
+        load_backbone_weights(make_resnet_network(), tmp_path / "half.pkl")
+    (tmp_path / "page.pkl").write_bytes(b"<html>404</html>")
+    with pytest.raises(ConversionError, match=r"damaged|download complete"):
+        load_backbone_weights(make_resnet_network(), tmp_path / "page.pkl")
+    with pytest.raises(ConversionError, match="no proposal network"):
+        load_backbone_weights(None, tmp_path / "half.pkl")

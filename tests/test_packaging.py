@@ -110,9 +110,17 @@ def test_wheel_holds_the_package_and_its_data(wheel):
     with zipfile.ZipFile(wheel) as archive:
         inside = {name for name in archive.namelist() if not name.split("/")[0].endswith(".dist-info")}
     source = wheel.parents[1] / "src"
-    expected = [path for pattern in ("*.py", "*.json") for path in (source / "ov_segmentation").rglob(pattern)]
+    expected = [path for pattern in ("*.py", "*.json", "*.md") for path in (source / "ov_segmentation").rglob(pattern)]
     assert inside == {str(path.relative_to(source)) for path in expected}
     assert any(name.startswith("ov_segmentation/vocabularies/") for name in inside)
+    assert "ov_segmentation/cards/checkpoint.md" in inside
+
+
+def test_wheel_has_the_console_command(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = [name for name in archive.namelist() if name.endswith("entry_points.txt")]
+        commands = archive.read(name).decode()
+    assert "ov-segment = ov_segmentation.cli:main" in commands
 
 
 def test_pins_are_within_the_ranges_and_complete(wheel):

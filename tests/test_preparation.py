@@ -64,26 +64,6 @@ def test_every_download(name, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir() if path.name != "cache") == ["download", "out"]
 
 
-def test_upload(tmp_path, monkeypatch, capsys):
-    official_trees.camvid(tmp_path / "in")
-    calls = []
-
-    class Hub:
-        def create_repo(self, repo_id, **options):
-            calls.append((repo_id, options["repo_type"], options["private"]))
-
-        def upload_folder(self, *, repo_id, folder_path, repo_type):
-            calls.append((repo_id, repo_type, sorted(path.name for path in Path(folder_path).rglob("*.*"))))
-            return "uploaded"
-
-    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
-    arguments = ["camvid_11", "--source", str(tmp_path / "in"), "--output", str(tmp_path / "out")]
-    main([*arguments, "--expect-counts", "off", "--push-to-hub", "me/camvid"])
-    files = ["README.md", "train-00000-of-00001.parquet", "validation-00000-of-00001.parquet"]
-    assert calls == [("me/camvid", "dataset", True), ("me/camvid", "dataset", files)]
-    assert "uploaded" in capsys.readouterr().out
-
-
 def test_pictures_keep_their_bytes(tmp_path):
     official_trees.camvid(tmp_path / "in")
     out = prepare("camvid_11", tmp_path / "in", tmp_path / "out", expect_counts=False)

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from ov_segmentation import ledger
-from tools import readme
+from tools import ledger_tables, readme
 
 DOCUMENTS = readme.documents()
 
@@ -57,30 +57,30 @@ def results(tmp_path):
 
 
 COLUMNS = (
-    readme.Column("Method", "method"),
-    readme.Column("mIoU", "figures.miou", readme.percent),
-    readme.Column("Command", "command", readme.code),
+    ledger_tables.Column("Method", "method"),
+    ledger_tables.Column("mIoU", "figures.miou", ledger_tables.percent),
+    ledger_tables.Column("Command", "command", ledger_tables.code),
 )
 
 
 def test_tables_show_the_newest_of_each_kind(results):
-    table = readme.LedgerTable("camvid.jsonl", COLUMNS, key=("method",))
+    table = ledger_tables.LedgerTable("camvid.jsonl", COLUMNS, key=("method",))
     assert table.render(results).splitlines() == [
         "| Method | mIoU | Command |",
         "| --- | --- | --- |",
         "| san | 31.1 | `a \\| b` |",
         "| sed | 50.0 | `a \\| b` |",
     ]
-    only = readme.LedgerTable("camvid.jsonl", COLUMNS, key=("method",), match={"method": "sed"})
+    only = ledger_tables.LedgerTable("camvid.jsonl", COLUMNS, key=("method",), match={"method": "sed"})
     assert "san" not in only.render(results)
-    assert readme.LedgerTable("none.jsonl", COLUMNS, key=()).render(results) == "*Nothing measured yet.*"
+    assert ledger_tables.LedgerTable("none.jsonl", COLUMNS, key=()).render(results) == "*Nothing measured yet.*"
     with pytest.raises(LookupError, match=r"figures\.pacc"):
-        readme.LedgerTable("camvid.jsonl", (readme.Column("p", "figures.pacc"),), key=()).render(results)
+        ledger_tables.LedgerTable("camvid.jsonl", (ledger_tables.Column("p", "figures.pacc"),), key=()).render(results)
 
 
 def test_blocks_are_filled_and_the_rest_stays(results, monkeypatch):
-    monkeypatch.setitem(readme.TABLES, "t", readme.LedgerTable("camvid.jsonl", COLUMNS[:2], key=("method",)))
-    value = readme.Value("camvid.jsonl", "figures.miou", readme.percent, {"method": "san"})
+    monkeypatch.setitem(readme.TABLES, "t", ledger_tables.LedgerTable("camvid.jsonl", COLUMNS[:2], key=("method",)))
+    value = ledger_tables.Value("camvid.jsonl", "figures.miou", ledger_tables.percent, {"method": "san"})
     monkeypatch.setitem(readme.VALUES, "v", value)
     before = "a\n<!-- table:t -->\nold\n<!-- /table -->\nb <!-- value:v -->9.9<!-- /value --> c\n"
     after = readme.fill(before, results)
@@ -108,4 +108,4 @@ def test_wrong_markers_are_errors(document, message, tmp_path):
 
 def test_a_value_that_was_not_measured_is_an_error(results):
     with pytest.raises(LookupError, match="deop"):
-        readme.Value("camvid.jsonl", "figures.miou", readme.percent, {"method": "deop"}).render(results)
+        ledger_tables.Value("camvid.jsonl", "figures.miou", ledger_tables.percent, {"method": "deop"}).render(results)

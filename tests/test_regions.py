@@ -22,6 +22,7 @@ from ov_segmentation.strict_mapping import from_mapping
 from ov_segmentation.training.loop import train
 from ov_segmentation.training.optimization import build_optimizer, learning_rate_factor, parameter_settings
 from ov_segmentation.training.recipe import OptimizerRecipe, Recipe, ScheduleRecipe, load_recipe
+from ov_segmentation.training.trainable import select_trainable
 from tests.training_runs import NAMES, TOWER, tiny_recipe, write_pictures
 
 RECIPES = Path(__file__).resolve().parent.parent / "examples" / "recipes"
@@ -138,7 +139,9 @@ def test_recipes_of_deop(path: Path) -> None:
     )
     small = load_recipe(RECIPES / "deop_scenes_stage1.yaml").model.config if "scenes" in path.stem else {}
     with torch.device("meta"):
-        model = DeOPForOpenVocabularySegmentation(DeOPConfig(**{**small, **recipe.model.config}))
+        values = {k: v for k, v in recipe.model.config.items() if k != "backbone"}  # from_clip's
+        model = DeOPForOpenVocabularySegmentation(DeOPConfig(**{**small, **values}))
+    select_trainable(model, recipe.model.trainable)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     settings = parameter_settings(trained, recipe.optimizer)
     if "coco156" not in path.stem:

@@ -16,7 +16,7 @@ from ov_segmentation.data.scene_folders import write_scenes
 from ov_segmentation.data.scene_vocabulary import SceneVocabulary
 from ov_segmentation.metrics import ConfusionMatrix
 from ov_segmentation.training import scene_evaluation
-from ov_segmentation.training.scene_evaluation import evaluate_scenes
+from ov_segmentation.training.scene_evaluation import absent_names, evaluate_scenes, majority_floor
 
 SCENES = SceneVocabulary.small()
 
@@ -72,6 +72,59 @@ def test_tiers_and_shuffled_names(folder: Path, monkeypatch: pytest.MonkeyPatch)
     assert figures["miou"] == figures["hiou"] == figures["things_c"] == figures["stuff_a"] == 1.0
     assert figures["shuffled_miou"] < 0.1
     assert asked[1] != asked[0] == list(SCENES.names) and sorted(asked[1]) == sorted(asked[0])
+
+
+def test_made_up_names_are_a_floor(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pictures = load_segmentation_data(folder / "evaluation").split("validation")
+    asked = []
+
+    def only_known_names(model, processor, pictures, accelerator: Accelerator, **options):
+        """A model that finds every pixel's name, or the first class where it is not asked for."""
+        labels = pictures.data.vocabulary.labels
+        asked.append(labels)
+        place = torch.tensor([labels.index(name) if name in labels else 0 for name in SCENES.names])
+        return scores_of(lambda label_map: place[label_map.long()], pictures)
+
+    monkeypatch.setattr(scene_evaluation, "evaluate", only_known_names)
+    figures = evaluate_scenes(None, None, pictures, SCENES, floors=("random",))
+    assert figures["miou"] == 1.0 and figures["random_miou"] < 0.1 and "shuffled_miou" not in figures
+    assert len(set(asked[1])) == len(SCENES.names) and not set(asked[1]) & set(SCENES.names)
+    with pytest.raises(ValueError, match=r"got \['blind'\]"):
+        evaluate_scenes(None, None, pictures, SCENES, floors=("blind",))
+
+
+def test_distractors_are_asked_for_and_shown_nowhere(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pictures = load_segmentation_data(folder / "evaluation").split("validation")
+    absent = absent_names(SCENES, 20, seed=0)
+    assert len(set(absent)) == 20 and not set(absent) & set(SCENES.names)
+
+    def fooled(model, processor, pictures, accelerator: Accelerator, **options):
+        """A model that takes one class for the last distractor."""
+        labels = pictures.data.vocabulary.labels
+        matrix = ConfusionMatrix(len(labels))
+        for index in range(len(pictures)):
+            label_map = torch.from_numpy(pictures[index].label_map)
+            answer = torch.tensor([labels.index(name) for name in SCENES.names])
+            answer[len(SCENES.names) - 1] = labels.index(absent[-1])
+            matrix.update([answer[label_map.long()]], [label_map])
+        return matrix.compute()
+
+    monkeypatch.setattr(scene_evaluation, "evaluate", fooled)
+    figures = evaluate_scenes(None, None, pictures, SCENES, floors=(), distractors=absent)
+    assert 0.9 < figures["miou"] < 1.0 and figures["things_a"] == 1.0
+    with pytest.raises(ValueError, match="200 names more than this one"):
+        absent_names(SCENES, 1000, seed=0)
+
+
+def test_the_majority_class_is_a_floor(folder: Path) -> None:
+    pictures = load_segmentation_data(folder / "evaluation").split("validation")
+    figures = majority_floor(pictures, SCENES)
+    maps = np.stack([pictures[index].label_map for index in range(len(pictures))])
+    counts = np.bincount(maps.flatten(), minlength=len(SCENES.names))
+    assert figures["pixel_accuracy"] == pytest.approx(counts.max() / counts.sum())
+    # its IoU is its share of all pixels, every other class has none
+    assert figures["miou"] == pytest.approx(counts.max() / counts.sum() / np.count_nonzero(counts))
+    assert figures["shuffled_miou"] == figures["miou"]
 
 
 def test_other_class_names_are_refused(folder: Path) -> None:

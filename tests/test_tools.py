@@ -1,6 +1,5 @@
 """The commands that measure: what they put into the ledger is what the run and the fixtures say."""
 
-import json
 import re
 
 import pytest
@@ -9,7 +8,7 @@ import yaml
 from ov_segmentation import ledger
 from tests.parity.common import case_folders
 from tests.training_runs import tiny_recipe, write_pictures
-from tools import bench, measure_parity, readme, record_training
+from tools import ledger_tables, measure_parity, readme_tables, record_training
 
 # other folders hold training stages and relatives, which have tests of their own
 CASES = [(method, folder) for method in measure_parity.RECORDED for folder in case_folders(method, "case")]
@@ -36,19 +35,5 @@ def test_a_training_run_is_recorded_and_shown(tmp_path):
     assert entry["command"] == "accelerate launch examples/train.py --recipe x"
     assert {name: entry[name] for name in ("commit", "dirty")} == ledger.revision()
     assert entry["protocol"] == "three colours; IoU averaged over ground_truth classes"
-    shown = readme.TABLES["camvid"].render(tmp_path)
-    assert readme.percent(result["miou"]) in re.split(r" *\| *", shown.splitlines()[-1])
-
-
-def test_bench_measures_every_part(monkeypatch):
-    from transformers import AutoConfig
-
-    from tests.training_runs import MODEL
-
-    clip = {**MODEL["clip_config"], "vision_config": {**MODEL["clip_config"]["vision_config"], "patch_size": 32}}
-    small = {**MODEL, "clip_config": clip, "side_patch_size": 32, "side_image_size": 64}  # pictures become 640 px
-    monkeypatch.setattr(AutoConfig, "for_model", lambda method, create=AutoConfig.for_model: create(method, **small))
-    figures = bench.measure("san", (32, 48), classes=5, prompts=2, repeats=1)
-    assert set(figures) == {"preprocess", "encode_image", "forward", "map", "text_per_prompt", "parameters"}
-    assert all(value > 0 for value in figures.values())
-    json.dumps(figures, allow_nan=False)
+    shown = readme_tables.TABLES["camvid"].render(tmp_path)
+    assert ledger_tables.percent(result["miou"]) in re.split(r" *\| *", shown.splitlines()[-1])

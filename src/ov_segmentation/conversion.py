@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import pickle
 import re
+import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
+
+from .numpy_pickles import read_numpy_pickle
 
 StateDict = dict[str, torch.Tensor]
 NESTS = ("model", "state_dict")
@@ -53,7 +56,7 @@ def read_checkpoint(path: str | os.PathLike) -> StateDict:
 
     Args:
         path: a file of `torch.save` (weights directly or under "model" or "state_dict", names with or without "module."
-            in front), or safetensors.
+            in front), safetensors, or a plain pickle of numpy arrays with the ending .pkl, as detectron2 has them.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -84,6 +87,8 @@ def _read(path: Path) -> object:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
+        if path.suffix == ".pkl" and not zipfile.is_zipfile(path):
+            return read_numpy_pickle(path)
         with torch.serialization.safe_globals(_NUMPY_CLASSES):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -91,7 +96,7 @@ def _read(path: Path) -> object:
         what = f" ({refused[1]})" if refused else ""
         raise ConversionError(
             f"{path} is damaged or holds objects{what} that would run code when read. Only plain weights are read "
-            f"(weights_only=True); nothing was executed. A file that you trust can be saved again as "
+            f"(weights_only=True, arrays of a .pkl); nothing was executed. A file that you trust can be saved again as "
             f"torch.save(module.state_dict(), file) or in safetensors format."
         ) from error
     except (EOFError, RuntimeError, SafetensorError, OSError, ValueError, KeyError) as error:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import shutil
 import sys
 import warnings
 from collections.abc import Sequence
@@ -13,13 +12,12 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
 from .auto import METHODS, Method, load_class
 from .conversion import ConversionError
-
-MODEL_CARDS = Path("model_cards")
+from .hub import HubError, push_checkpoint
+from .model_card import CARD, History, write_card
 
 
 def main(model_type: str, arguments: Sequence[str] | None = None) -> None:
@@ -31,20 +29,19 @@ def main(model_type: str, arguments: Sequence[str] | None = None) -> None:
     tokenizer = _tokenizer(options.tokenizer, rules.DEFAULT_TOKENIZER)
     model = rules.convert(options.checkpoint, config, options.clip_checkpoint)
     save_folder(method, model, image_processor_of(method, rules, config), options.output, tokenizer)
-    copy_model_card(options.output, [*([variant] if variant else []), model_type])
+    history = History("converted", settings={"Checkpoint": options.checkpoint.name, "Variant": variant or "own size"})
+    if not write_card(options.output, model_name=options.output.resolve().name, history=history):
+        print(f"{options.output / CARD} was written or edited by somebody and stays as it is.")
     print(f"{method.model} ({sum(p.numel() for p in model.parameters()):,} parameters) written to {options.output}")
     if options.push_to_hub:
-        api = HfApi()
-        api.create_repo(options.push_to_hub, exist_ok=True)
-        api.upload_folder(repo_id=options.push_to_hub, folder_path=options.output)
-        print(f"Uploaded to {options.push_to_hub}")
+        print(f"Uploaded: {push_checkpoint(options.output, options.push_to_hub).url}")
 
 
 def run(model_type: str) -> None:
     """`main` for scripts: what is wrong with a file is a message, which a traceback would bury."""
     try:
         main(model_type)
-    except (ConversionError, FileNotFoundError) as error:
+    except (ConversionError, FileNotFoundError, HubError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
 
 
@@ -128,11 +125,3 @@ def save_folder(
         image_processor.save_pretrained(output)
     else:
         load_class(method.processor)(image_processor, tokenizer).save_pretrained(output)
-
-
-def copy_model_card(output: Path, names: Sequence[str]) -> None:
-    """The first `model_cards/<name>.md` that there is becomes the folder's README.md."""
-    for name in names:
-        if (card := MODEL_CARDS / f"{name}.md").is_file():
-            shutil.copyfile(card, output / "README.md")
-            return

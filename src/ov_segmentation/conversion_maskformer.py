@@ -9,7 +9,16 @@ import re
 from transformers import SwinConfig
 from transformers.models.swin.modeling_swin import SwinBackbone as TransformersSwinBackbone
 
-from .conversion import Drop, KeyRules, Rule, clip_rules, load_converted, read_checkpoint, split_in_three
+from .conversion import (
+    ConversionError,
+    Drop,
+    KeyRules,
+    Rule,
+    clip_rules,
+    load_converted,
+    read_checkpoint,
+    split_in_three,
+)
 from .layers.configuration_maskformer import MaskProposalConfig
 from .layers.maskformer import MaskProposalNetwork
 from .layers.swin_backbone import SwinBackbone
@@ -124,16 +133,19 @@ def detectron2_rules(config: MaskProposalConfig, *extra: Rule | Drop) -> KeyRule
     return KeyRules([*extra, *mask_proposal_rules(config), *adapter_rules()])
 
 
-def load_backbone_weights(network: MaskProposalNetwork, source: str | os.PathLike) -> None:
+def load_backbone_weights(network: MaskProposalNetwork | None, source: str | os.PathLike) -> None:
     """Start a proposal network's backbone from weights trained on ImageNet, in place.
 
     Args:
         source: for Swin a Hub id or folder of a `SwinModel` of the same size; for ResNet-c a file with detectron2's
-            names (`stem.conv1.weight`, `res2.0.conv1.weight`, ...), of `torch.save` or safetensors.
+            names (`stem.conv1.weight`, `res2.0.conv1.weight`, ...): its own `R-103.pkl`, or of `torch.save` or
+            safetensors.
 
     Raises:
-        ConversionError: keys or shapes that do not fit.
+        ConversionError: keys or shapes that do not fit, or there is no network.
     """
+    if network is None:
+        raise ConversionError('There is no proposal network to load a backbone into: it needs proposals="maskformer".')
     backbone = network.backbone
     if isinstance(backbone, SwinBackbone):
         loaded = TransformersSwinBackbone.from_pretrained(source, config=copy.deepcopy(backbone.model.config))

@@ -9,6 +9,7 @@ from transformers import CLIPConfig, CLIPModel
 
 from .configuration_base import OpenVocabularySegmentationConfig
 from .layers.clip_stem import install_clip_stem, load_clip, split_clip_config
+from .layers.quick_gelu import replace_quick_gelu
 
 
 class FromCLIPMixin:
@@ -19,6 +20,7 @@ class FromCLIPMixin:
         """A `CLIPModel` by `config.clip_config`, with the convolutional trunk of `config.clip_stem` if there is one."""
         clip = CLIPModel._from_config(config.clip_config)
         install_clip_stem(clip, config.clip_stem)
+        replace_quick_gelu(clip)
         return clip
 
     @classmethod

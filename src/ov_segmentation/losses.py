@@ -15,6 +15,8 @@ import torch
 from torch import distributed
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, grid_sample, interpolate, softplus
 
+from .precision import full_precision
+
 
 class MaskTargets(NamedTuple):
     """The masks of one picture: `classes` `[T]` int64, ascending, and `masks` `[T, H, W]` uint8."""
@@ -157,7 +159,19 @@ class MaskClassificationCriterion:
             labels: `[B, H, W]` int64 at full size; negative = in no mask.
             draws: source of the random points; unused without `num_points`.
             matches: suffix -> matches to use in place of the Hungarian ones.
+
+        Computed in full precision whatever the predictions' type.
         """
+        with full_precision(labels):
+            return self._losses(predictions, labels, draws, matches)
+
+    def _losses(
+        self,
+        predictions: Sequence[Prediction],
+        labels: torch.Tensor,
+        draws: Draws,
+        matches: dict[str, list[Match]] | None,
+    ) -> dict[str, torch.Tensor]:
         targets = masks_from_labels(labels)
         num_masks = torch.tensor(float(sum(len(t.classes) for t in targets)), device=labels.device)
         num_masks = global_mean_of_processes(num_masks).clamp(min=1)

@@ -7,6 +7,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from .losses import global_mean_of_processes
+from .modeling_outputs import OpenVocabularySegmentationOutput
 
 # larger than this, resized logits are made for some classes at a time, and again in the backward pass
 ELEMENTS_AT_ONCE = 2**24
@@ -41,6 +42,14 @@ def per_class_cross_entropy(
         pixels = pixels + (wanted.numel() if ignore_as_negative else (wanted >= 0).sum())
     count = torch.as_tensor(pixels * logits.shape[1], device=logits.device, dtype=torch.float32)
     return total / global_mean_of_processes(count).clamp(min=1)
+
+
+def add_per_class_loss(
+    outputs: OpenVocabularySegmentationOutput, labels: torch.Tensor, sizes: torch.Tensor, ignore_as_negative: bool
+) -> None:
+    """Set `loss` and `loss_dict` of outputs to the `per_class_cross_entropy` of their logits."""
+    outputs.loss = per_class_cross_entropy(outputs.logits, labels, sizes, ignore_as_negative)
+    outputs.loss_dict = {"loss_sem_seg": outputs.loss}
 
 
 def _summed_cross_entropy(

@@ -12,10 +12,12 @@ from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_base import OpenVocabularySegmentationConfig
+from .download_errors import broken_downloads_explained
 from .from_clip import FromCLIPMixin
 from .layers.clip_stem import CLIPStem, init_clip_stem_weights
 from .losses import SeededDraws
 from .modeling_outputs import ImageState, OpenVocabularySegmentationOutput
+from .pushing import PushToHub
 from .text_encoding import TextEmbeddingCache, encode_vocabulary
 
 logger = logging.get_logger(__name__)
@@ -23,12 +25,16 @@ logger = logging.get_logger(__name__)
 FROM_CONFIG = "config"
 
 
-class OpenVocabularySegmentationModel(FromCLIPMixin, PreTrainedModel):
+class OpenVocabularySegmentationModel(PushToHub, FromCLIPMixin, PreTrainedModel):
     """Base of the six `<X>ForOpenVocabularySegmentation`.
 
     A method implements `_encode_image` (what does not depend on the class names), `_segment` (the rest, and the loss)
     and `freeze_pretrained`; it names the inference switches it understands in `switches` (each is a config field of the
     same name) and those that shape the picture side in `picture_switches`; a name may stand in both.
+
+    `torch.compile(fullgraph=True)` and `torch.export` take the inference of every method. The size of the pictures is
+    part of the graph; an exported program takes any number of classes (`dynamic_shapes` of `text_embeds`). Sliding
+    windows are cut by the pictures' sizes, which are values: they have to be off. A method's docstring says what else.
     """
 
     config: OpenVocabularySegmentationConfig
@@ -40,6 +46,8 @@ class OpenVocabularySegmentationModel(FromCLIPMixin, PreTrainedModel):
     _supports_sdpa = True
     _supports_attention_backend = True
     model_tags = ["open-vocabulary-segmentation"]
+    # a logarithm: bfloat16 would change the scale by a percent
+    _keep_in_fp32_modules_strict = ["logit_scale"]
 
     keeps_prompts: ClassVar[bool] = False
     switches: ClassVar[frozenset[str]] = frozenset()
@@ -53,6 +61,15 @@ class OpenVocabularySegmentationModel(FromCLIPMixin, PreTrainedModel):
     def __init__(self, config: OpenVocabularySegmentationConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         self._text_cache = TextEmbeddingCache()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights, without scalars: CLIP's temperature, its first parameter, stays in float32."""
+        return next(p.dtype for p in self.parameters() if p.is_floating_point() and p.ndim > 0)
+
+    def stays_in_float32(self, name: str) -> bool:
+        """Whether loading in half precision leaves the weight `name` in float32."""
+        return any(part in name for part in self._keep_in_fp32_modules_strict)
 
     # ------------------------------------------------------------------ the parts that a method fills in
 
@@ -76,6 +93,16 @@ class OpenVocabularySegmentationModel(FromCLIPMixin, PreTrainedModel):
     def freeze_pretrained(self) -> None:
         """Set `requires_grad` of every parameter as the config asks; called after construction and after loading."""
         raise NotImplementedError
+
+    trainable_parts: ClassVar[dict[str, tuple[str, ...]]] = {}
+    """Parts that can be trained alone, as regular expressions of parameter names: "adapter" (what the method adds to
+    CLIP), "prompts" (learned tokens), "attention" (weights of query and value projections), and, of module names,
+    "lora" (linear layers that low-rank updates are for). A method has an entry for those that it has."""
+
+    @property
+    def unread_parameters(self) -> tuple[str, ...]:
+        """Regular expressions of parameters that the loss does not reach, with this configuration."""
+        return ()
 
     # ------------------------------------------------------------------ text side
 
@@ -159,7 +186,7 @@ class OpenVocabularySegmentationModel(FromCLIPMixin, PreTrainedModel):
                 f"text_embeds must be {wanted} for {type(self).__name__}, got {list(text_embeds.shape)}. Were they "
                 f"made by another model? Use this model's encode_vocabulary."
             )
-        if not len(text_embeds):
+        if text_embeds.shape[0] == 0:  # len() would fix the number of classes of an exported program
             raise ValueError("text_embeds holds no class: give at least one name.")
         return text_embeds.to(device=self.device, dtype=self.dtype)
 
@@ -226,7 +253,7 @@ class OpenVocabularySegmentationModel(FromCLIPMixin, PreTrainedModel):
                 f"output_attentions needs the attention written out, but this model runs "
                 f"{self.config._attn_implementation!r}: call model.set_attn_implementation('eager')."
             )
-        whole = torch.tensor([pixel_values.shape[-2:]] * len(pixel_values))
+        whole = torch.tensor(pixel_values.shape[-2:]).expand(pixel_values.shape[0], 2)
         padded_sizes = whole if padded_sizes is None else padded_sizes
         reshaped_input_sizes = padded_sizes if reshaped_input_sizes is None else reshaped_input_sizes
         original_sizes = reshaped_input_sizes if original_sizes is None else original_sizes
@@ -283,7 +310,7 @@ class OpenVocabularySegmentationModel(FromCLIPMixin, PreTrainedModel):
             "output_maps": output_maps,
         }
         if image_state is None:
-            self._check_labels(labels, pixel_values, len(class_embeds))
+            self._check_labels(labels, pixel_values, class_embeds.shape[0])
             image_state = self._encode_checked(
                 pixel_values,
                 pixel_mask,
@@ -381,7 +408,8 @@ class OpenVocabularySegmentationModel(FromCLIPMixin, PreTrainedModel):
         of the weights is logged."""
         wants_info = kwargs.pop("output_loading_info", False)
         cls._refuse_other_method(args, kwargs)
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        with broken_downloads_explained(kwargs.get("pretrained_model_name_or_path", args[0] if args else None)):
+            model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         missing = sorted(info["missing_keys"])
         if missing and not allow_missing_keys:
             raise ValueError(
@@ -391,7 +419,8 @@ class OpenVocabularySegmentationModel(FromCLIPMixin, PreTrainedModel):
             )
         model.freeze_pretrained()
         if model.config.weights_license:
-            logger.info(f"Licence of these weights: {model.config.weights_license}")
+            # a warning, because transformers shows nothing less by default; once in a process
+            logger.warning_once(f"Licence of these weights: {model.config.weights_license}")
         return (model, info) if wants_info else model
 
     @classmethod

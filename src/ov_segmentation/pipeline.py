@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from .auto import AutoModelForOpenVocabularySegmentation
 from .pipeline_inputs import TIMEOUT, Preparation, Prepared, is_single, prepared_dataset
+from .pushing import PushToHub
 from .vocabulary import Vocabulary, resolve_background, split_names
 
 logger = logging.get_logger(__name__)
@@ -29,7 +30,7 @@ OPTIONS = ("candidate_labels", "background", "threshold", "output_type", "return
 CACHED_VOCABULARIES = 8
 
 
-class OpenVocabularySegmentationPipeline(Pipeline):
+class OpenVocabularySegmentationPipeline(PushToHub, Pipeline):
     """Segments pictures with class names chosen by the caller.
 
     `pipeline("open-vocabulary-segmentation", model=path)`, or with a model instance and `processor=`. A plain CLIP is

@@ -12,13 +12,14 @@ import torch
 from transformers import BatchFeature, ProcessorMixin
 
 from .modeling_outputs import OpenVocabularySegmentationOutput
+from .pushing import PushToHub
 from .vocabulary import Vocabulary, load_prompt_templates, resolve_background
 
 # class names, or lists of synonyms, in class order
 ClassNames = Iterable[str | Sequence[str]] | Vocabulary
 
 
-class OpenVocabularySegmentationProcessor(ProcessorMixin):
+class OpenVocabularySegmentationProcessor(PushToHub, ProcessorMixin):
     """Base of the six `<X>Processor`: an image processor and a tokenizer, and the texts made of class names.
 
     A method's subclass names its published templates and its rule for commas inside a name (see `Vocabulary`).

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 UNLABELLED_COLOR = (0, 0, 0)
 # a file cannot hold -1: unlabelled pixels get the highest value that its pixels can have
-_UNLABELLED_IN_FILE = {np.uint8: 255, np.uint16: 65535}
+_UNLABELLED_IN_FILE = (255, 65535)
 
 _BACKGROUND_COLOR, _TEXT_COLOR = (255, 255, 255), (0, 0, 0)
 
@@ -84,21 +84,40 @@ def overlay(
     return _beside(blended, [(labels[k], tuple(palette[k].tolist())) for k in present])
 
 
-def save_label_map(segmentation: Any, path: str | os.PathLike) -> None:
-    """Save a label map as a PNG of class indices: 8-bit up to 255 classes, 16-bit beyond.
-
-    Unlabelled pixels (-1) are saved as 255 or 65535. The number of bits follows the classes that occur.
+def unlabelled_value(num_classes: int) -> int:
+    """What stands for -1 in the file of a label map with so many classes: 255, or 65535 where 8 bits do not do.
 
     Raises:
-        ValueError: a class index above 65534.
+        ValueError: more than 65535 classes.
+    """
+    for value in _UNLABELLED_IN_FILE:
+        if num_classes <= value:
+            return value
+    raise ValueError(f"A 16-bit PNG holds classes up to 65534, the highest is {num_classes - 1}.")
+
+
+def label_map_picture(segmentation: Any, num_classes: int | None = None) -> Image.Image:
+    """A label map as a picture of class indices, of 8 or 16 bits; unlabelled pixels (-1) are 255 or 65535.
+
+    Args:
+        segmentation: `[H, W]`.
+        num_classes: decides on the bits, so that all maps of one vocabulary are alike; default: the classes that occur.
+
+    Raises:
+        ValueError: a class index above 65534, or one that `num_classes` does not have.
     """
     segmentation = _as_label_map(segmentation)
     highest = int(segmentation.max(initial=-1))
-    for dtype, unlabelled in _UNLABELLED_IN_FILE.items():
-        if highest < unlabelled:
-            values = np.where(segmentation < 0, unlabelled, segmentation).astype(dtype)
-            return Image.fromarray(values).save(path, format="PNG")
-    raise ValueError(f"A 16-bit PNG holds classes up to 65534, the label map has {highest}.")
+    if num_classes is not None and highest >= num_classes:
+        raise ValueError(f"The label map holds class {highest}, there are only {num_classes}.")
+    unlabelled = unlabelled_value(highest + 1 if num_classes is None else num_classes)
+    values = np.where(segmentation < 0, unlabelled, segmentation)
+    return Image.fromarray(values.astype(np.uint8 if unlabelled == 255 else np.uint16))
+
+
+def save_label_map(segmentation: Any, path: str | os.PathLike, num_classes: int | None = None) -> None:
+    """Save a label map as a PNG of class indices; arguments, bits and errors: see [`label_map_picture`]."""
+    label_map_picture(segmentation, num_classes).save(path, format="PNG")
 
 
 def _as_label_map(segmentation: Any) -> np.ndarray:

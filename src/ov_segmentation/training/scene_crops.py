@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional as F
 
 from ..data.scene_captions import stuff_phrase, thing_phrase, write_caption
-from ..data.scenes import BLOCK, SceneGenerator, scene_caption
+from ..data.scenes import BLOCK, SceneBatch, SceneGenerator, scene_caption
 
 GRID = 14
 MAX_MENTIONS = 7
@@ -51,6 +51,7 @@ class SceneCrops:
         background_share: part of the one-object captions that add " on <stuff>".
         drop_share: part of the captions that leave attributes out ("a star", "a striped object").
         hard_share: part of the batches whose objects share few attributes, so that the others have to tell them apart.
+        refreshed: how often `refresh` is taken to have been called already, to continue a training.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class SceneCrops:
         background_share: float = 0.4,
         drop_share: float = 0.3,
         hard_share: float = 0.3,
+        refreshed: int = 0,
     ) -> None:
         self.scenes, self.vocabulary = scenes, scenes.vocabulary
         self.crop_size, self.zoom = crop_size, zoom
@@ -71,8 +73,10 @@ class SceneCrops:
         self.background_share, self.drop_share, self.hard_share = background_share, drop_share, hard_share
         self._attributes = torch.tensor(self.vocabulary.thing_attributes)
         self._stuff_attributes = torch.tensor(self.vocabulary.stuff_attributes)
-        self._next_block = num_blocks
-        self.bank = scenes.render(0, num_blocks * BLOCK)
+        self._next_block = num_blocks + refreshed
+        self.bank = scenes.render(refreshed * BLOCK, num_blocks * BLOCK)
+        if moved := refreshed % num_blocks * BLOCK:  # each block to where `refresh` would have put it
+            self.bank = SceneBatch.concatenate([self.bank[-moved:], self.bank[:-moved]])
         self._index_objects()
 
     def refresh(self) -> None:

@@ -1,0 +1,142 @@
+"""What a generated table is made of: columns of ledger entries, and single numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ov_segmentation import ledger
+
+Entry = dict[str, Any]
+Form = Callable[[Any], str]
+
+
+def text(value: Any) -> str:
+    """As it is; pipes would end a table's cell."""
+    return str(value).replace("|", "\\|")
+
+
+def code(value: Any) -> str:
+    """A command or a name."""
+    return f"`{text(value)}`"
+
+
+def percent(value: float) -> str:
+    """A share in [0, 1] as a percentage."""
+    return f"{100 * value:.1f}"
+
+
+def count(value: float) -> str:
+    """A whole number with thousands separators."""
+    return f"{value:,.0f}"
+
+
+def minutes(value: float) -> str:
+    """Seconds as minutes."""
+    return f"{value / 60:.1f}"
+
+
+def two_digits(value: float) -> str:
+    """A number to two places."""
+    return f"{value:.2f}"
+
+
+def three_digits(value: float) -> str:
+    """A number to three places."""
+    return f"{value:.3f}"
+
+
+def scientific(value: float) -> str:
+    """A deviation."""
+    return f"{value:.0e}"
+
+
+def gibibytes(value: float) -> str:
+    """MiB as GiB."""
+    return f"{value / 1024:.1f}"
+
+
+def millions(value: float) -> str:
+    """To one place."""
+    return f"{value / 1e6:,.1f}"
+
+
+def billions(value: float) -> str:
+    """To one place."""
+    return f"{value / 1e9:,.1f}"
+
+
+def commit(value: str | None) -> str:
+    """A commit's short name."""
+    return f"`{value[:8]}`" if value else "unknown"
+
+
+def look_up(entry: Entry, path: str) -> Any:
+    """A field by its dotted path; LookupError with the path if an entry lacks it."""
+    value: Any = entry
+    for name in path.split("."):
+        if not isinstance(value, dict) or name not in value:
+            raise LookupError(f"The entry of {entry.get('date')} ({entry.get('command')}) has no field {path!r}.")
+        value = value[name]
+    return value
+
+
+def markdown(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (titles, ["---"] * len(titles), *rows))
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column: its title, where its cell stands in a ledger entry ("figures.miou"), and how it is written."""
+
+    title: str
+    path: str
+    form: Form = text
+
+
+@dataclass(frozen=True)
+class LedgerTable:
+    """The newest entry of each kind in one ledger.
+
+    Attributes:
+        file: name in results/.
+        columns: what is shown of an entry.
+        key: the fields that tell kinds of entries apart; kinds stand in the order of their first entry.
+        match: only entries with these fields.
+        order: fields that rows are sorted by; those of equal fields keep their order.
+    """
+
+    file: str
+    columns: Sequence[Column]
+    key: Sequence[str]
+    match: Entry = field(default_factory=dict)
+    order: Sequence[str] = ()
+
+    def render(self, results: Path) -> str:
+        """The table as Markdown, or a line that says that there is nothing yet."""
+        newest: dict[tuple[Any, ...], Entry] = {}
+        for entry in ledger.read(results / self.file) if (results / self.file).exists() else []:
+            if all(entry.get(name) == value for name, value in self.match.items()):
+                newest[tuple(str(look_up(entry, name)) for name in self.key)] = entry
+        if not newest:
+            return "*Nothing measured yet.*"
+        entries = sorted(newest.values(), key=lambda entry: [look_up(entry, name) for name in self.order])
+        rows = [[column.form(look_up(entry, column.path)) for column in self.columns] for entry in entries]
+        return markdown([column.title for column in self.columns], rows)
+
+
+@dataclass(frozen=True)
+class Value:
+    """One number in a sentence: the newest entry that matches, a field of it, how it is written."""
+
+    file: str
+    path: str
+    form: Form
+    match: Entry = field(default_factory=dict)
+
+    def render(self, results: Path) -> str:
+        """The number; LookupError or FileNotFoundError if it was not measured."""
+        return self.form(look_up(ledger.latest(results / self.file, **self.match), self.path))
