@@ -3,7 +3,8 @@
 Scenes and a CLIP that was trained on their captions (made if they are not there), a MaskFormer around it, pairs of crop
 and noun phrase mined with both, and CLIP adapted to them three ways: prompts, fine-tuning, and prompts on top of
 fine-tuning. Before and after: accuracy on masked crops, and mean IoU of the whole model on scenes. `--ledger FILE`
-records them. What is there already is not done again, so the same command continues after a stop.
+records them. What is there already is not done again, so the same command continues after a stop. `--seed` reaches
+whatever is made here: scenes, CLIP, weights, order and augmentation of each training. Each seed needs an `--output`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import math
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,16 +29,19 @@ from ov_segmentation.data.datasets import load_segmentation_data
 from ov_segmentation.data.labelled_pictures import LabelledPictures
 from ov_segmentation.data.mask_pairs import load_mask_pairs
 from ov_segmentation.data.mining import MiningOptions, PairMiner
-from ov_segmentation.data.mining_run import MiningRun, SourcePictures, settings_of
+from ov_segmentation.data.mining_run import MiningError, MiningRun, SourcePictures, settings_of
 from ov_segmentation.data.nouns import find_tagger
 from ov_segmentation.data.scene_folders import EVALUATION_FOLDER, TRAIN_FOLDER, write_scenes
 from ov_segmentation.data.scene_vocabulary import SceneVocabulary
+from ov_segmentation.strict_mapping import RecipeError
 from ov_segmentation.training.adaptation_recipe import load_adaptation_recipe
+from ov_segmentation.training.checkpointing import CheckpointError
 from ov_segmentation.training.contrastive import ContrastiveRecipe, train_clip
 from ov_segmentation.training.loop import train
 from ov_segmentation.training.mask_adaptation import adapt
 from ov_segmentation.training.masked_crop_accuracy import masked_crop_accuracy
 from ov_segmentation.training.recipe import load_recipe
+from ov_segmentation.training.run_folder import RunFolder, RunFolderError
 from ov_segmentation.training.scene_evaluation import evaluate_scenes
 from ov_segmentation.vocabulary import Vocabulary
 
@@ -71,50 +75,50 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line and run what is not done yet."""
     options = parse(arguments)
     given = sys.argv[1:] if arguments is None else arguments
-    command = shlex.join(["python", "examples/ovseg_on_scenes.py", *given])
+    try:
+        run(options, shlex.join(["python", "examples/ovseg_on_scenes.py", *given]))
+    except (RecipeError, RunFolderError, CheckpointError, MiningError, FileNotFoundError) as error:
+        # the message says what to do; a traceback would bury it
+        sys.exit(f"{type(error).__name__}: {error}")
+
+
+def run(options: argparse.Namespace, command: str) -> None:
+    """All steps, in their order."""
+    code = ledger.revision()  # now: the checkout may move on meanwhile
     output, scenes = options.output, options.scenes or options.output / "scenes"
-    if not (scenes / EVALUATION_FOLDER).is_dir():
+    if not list((scenes / EVALUATION_FOLDER).rglob("*.parquet")):
         write_scenes(
             scenes, options.train, options.evaluation, options.seed, vocabulary=SceneVocabulary.small(), size=96
         )
-    clip = options.clip or output / "clip"
-    if not (clip / "config.json").is_file():
+    clip = options.clip
+    if clip is None:
+        clip = output / "clip"
         recipe = ContrastiveRecipe.from_yaml(RECIPES / "clip_vit_scenes.yaml", steps=options.clip_steps)
+        # which does nothing where that is done, and refuses a folder of another recipe or seed
         train_clip(recipe, clip, options.seed)
     changes = [f"seed={options.seed}", f"threads={options.threads}"]
-    models = {"maskformer": output / "maskformer" / "model"}
-    if not models["maskformer"].is_dir():
-        steps = [] if options.steps is None else [f"steps={options.steps}"]
-        places = [f"model.from_clip={clip}", f"data.name={scenes / TRAIN_FOLDER}"]
-        train(
-            load_recipe(RECIPES / "ovseg_scenes.yaml", [*changes, *places, *steps]),
-            output / "maskformer",
-            command=command,
-        )
+    steps = [] if options.steps is None else [f"steps={options.steps}"]
+    places = [f"model.from_clip={clip}", f"data.name={scenes / TRAIN_FOLDER}"]
+    recipe = load_recipe(RECIPES / "ovseg_scenes.yaml", [*changes, *places, *steps])
+    models = {"maskformer": trained(train, recipe, output / "maskformer", command)}
     # this CLIP chooses a mask that is not the noun's for one noun in four, mostly where the cosine is low
     captions = MiningOptions(phrases=True, min_area=0.003, min_score=options.min_score)
     mine(models["maskformer"], scenes / TRAIN_FOLDER, "train", captions, output / "pairs", options.train_pictures)
     classes = MiningOptions(masks="annotation", nouns="classes", min_area=0.003)
     mine(models["maskformer"], scenes / EVALUATION_FOLDER, "validation", classes, output / "crops", None)
+    steps = [] if options.adaptation_steps is None else [f"steps={options.adaptation_steps}"]
+    pairs = [f"data.sources=[{output / 'pairs'}]", f"data.evaluation={output / 'crops'}"]
     for name, (start, own_changes) in ADAPTATIONS.items():
-        models[name] = output / name / "model"
-        if not models[name].is_dir():
-            steps = [] if options.adaptation_steps is None else [f"steps={options.adaptation_steps}"]
-            places = [
-                f"model.from_pretrained={models[start]}",
-                f"data.sources=[{output / 'pairs'}]",
-                f"data.evaluation={output / 'crops'}",
-            ]
-            recipe = load_adaptation_recipe(
-                RECIPES / "ovseg_scenes_clip.yaml", [*changes, *places, *steps, *own_changes]
-            )
-            adapt(recipe, output / name, command=command)
+        changed = [*changes, f"model.from_pretrained={models[start]}", *pairs, *steps, *own_changes]
+        recipe = load_adaptation_recipe(RECIPES / "ovseg_scenes_clip.yaml", changed)
+        models[name] = trained(adapt, recipe, output / name, command)
+    pictures = load_segmentation_data(scenes / EVALUATION_FOLDER).split("validation", options.max_evaluation)
+    protocol = f"scenes-small-{len(pictures)}"
     for name, folder in models.items():
-        start, file = time.perf_counter(), folder.parent / "figures.json"
+        start, file = time.perf_counter(), folder.parent / f"{protocol}.json"
         if file.is_file():  # measured before the stop
             report(name, json.loads(file.read_text()))
             continue
-        pictures = load_segmentation_data(scenes / EVALUATION_FOLDER).split("validation", options.max_evaluation)
         figures = measure(folder, pictures, output / "crops", options.seed)
         report(name, figures)
         if options.ledger is not None:
@@ -124,11 +128,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 seed=options.seed,
                 seconds=time.perf_counter() - start,
                 figures=figures,
-                protocol=f"scenes-small-{len(pictures)}",
+                protocol=protocol,
+                code=code,
                 method="ovseg",
                 name=f"ovseg_scenes_{name}",
             )
         write_atomically(file, json.dumps(figures, indent=1))
+
+
+def trained(training: Callable[..., Any], recipe: Any, folder: Path, command: str) -> Path:
+    """Train by a recipe unless that is done; the folder of another recipe, or of another seed, is refused."""
+    own = RunFolder(folder)
+    own.claim(recipe, "auto")
+    if not own.model.is_dir():
+        training(recipe, folder, command=command)
+    return own.model
 
 
 def report(name: str, figures: dict[str, float]) -> None:

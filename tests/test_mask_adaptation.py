@@ -362,8 +362,13 @@ def test_the_chain_on_scenes(tmp_path: Path) -> None:
     options = [part for name, value in sizes.items() for part in (f"--{name}", str(value))]
     ledger = tmp_path / "ledger.jsonl"
     options += ["--max-evaluation", "2", "--min-score", "-1"]  # an untrained CLIP's cosines
-    on_scenes(["--output", str(tmp_path / "run"), *options, "--ledger", str(ledger)])
-    on_scenes(["--output", str(tmp_path / "run"), *options, "--ledger", str(ledger)])  # nothing is left to do
+    options += ["--ledger", str(ledger), "--output", str(tmp_path / "run")]
+    on_scenes(options)
+    on_scenes(options)  # nothing is left to do
+    with pytest.raises(SystemExit, match=r"another recipe.*seed"):
+        on_scenes([*options, "--seed", "1"])
+    with pytest.raises(SystemExit, match=r"maskformer.*another recipe.*seed"):
+        on_scenes([*options, "--seed", "1", "--clip", str(tmp_path / "run" / "clip")])
     entries = [json.loads(line) for line in ledger.read_text().splitlines()]
     names = ["maskformer", "fine_tuned", "prompts", "both"]
     assert [entry["name"] for entry in entries] == [f"ovseg_scenes_{name}" for name in names]

@@ -116,9 +116,10 @@ TABLES: dict[str, LedgerTable | MethodTable | MethodText] = {
             Column("Checkpoint", "name"),
             Column("Masked crops, top-1", "figures.crops_top1", percent),
             *_SCENE_COLUMNS,
+            Column("Seed", "seed"),
             Column("Commit", "commit", commit),
         ),
-        key=("name", "protocol"),
+        key=("name", "protocol", "seed"),
     ),
     "deop_rows": LedgerTable(
         "deop.jsonl",

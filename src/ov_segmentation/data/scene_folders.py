@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ..atomic_files import TEMPORARY
 from .scene_vocabulary import TIERS
 from .scenes_dataset import scenes_dataset
 
@@ -31,4 +32,7 @@ def write_scenes(output: str | Path, num_train: int, num_evaluation: int, seed: 
         data = Path(output) / folder / "data"
         data.mkdir(parents=True, exist_ok=True)
         rows = scenes_dataset(num, len(parts) * seed + number, tiers, name_tiers_only=True, **scenes)
-        rows.to_parquet(data / f"{split}-00000-of-00001.parquet")
+        file = data / f"{split}-00000-of-00001.parquet"
+        partial = file.with_name(file.name + TEMPORARY)
+        rows.to_parquet(partial)
+        partial.replace(file)  # a file that is there is whole
