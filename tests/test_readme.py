@@ -78,6 +78,21 @@ def test_tables_show_the_newest_of_each_kind(results):
         ledger_tables.LedgerTable("camvid.jsonl", (ledger_tables.Column("p", "figures.pacc"),), key=()).render(results)
 
 
+def test_a_row_of_several_seeds_has_mean_and_deviation(tmp_path):
+    path = tmp_path / "scenes.jsonl"
+    runs = (("san", 0, 0.1, {}), ("san", 0, 0.2, {}), ("san", 1, 0.4, {"random": 0.5}), ("sed", 0, 0.3, {}))
+    for name, seed, miou, more in runs:
+        ledger.append(path, command="c", seed=seed, seconds=1, figures={"miou": miou, **more}, name=name)
+    columns = (
+        ledger_tables.Column("Name", "name"),
+        ledger_tables.Column("mIoU", "figures.miou", ledger_tables.percent),
+        ledger_tables.Column("Random", "figures.random", ledger_tables.percent),
+        ledger_tables.Column("Seeds", "seed"),
+    )
+    table = ledger_tables.SeedsTable("scenes.jsonl", columns, key=("name", "seed"))
+    assert table.render(tmp_path).splitlines()[2:] == ["| san | 30.0 ± 14.1 | 50.0 | 0, 1 |", "| sed | 30.0 | - | 0 |"]
+
+
 def test_blocks_are_filled_and_the_rest_stays(results, monkeypatch):
     monkeypatch.setitem(readme.TABLES, "t", ledger_tables.LedgerTable("camvid.jsonl", COLUMNS[:2], key=("method",)))
     value = ledger_tables.Value("camvid.jsonl", "figures.miou", ledger_tables.percent, {"method": "san"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -117,15 +118,51 @@ class LedgerTable:
 
     def render(self, results: Path) -> str:
         """The table as Markdown, or a line that says that there is nothing yet."""
+        entries = sorted(self.newest(results), key=lambda entry: [look_up(entry, name) for name in self.order])
+        if not entries:
+            return "*Nothing measured yet.*"
+        return markdown([column.title for column in self.columns], self.rows(entries))
+
+    def newest(self, results: Path) -> list[Entry]:
+        """The newest entry of each kind, in the order of the kinds' first entries."""
         newest: dict[tuple[Any, ...], Entry] = {}
         for entry in ledger.read(results / self.file) if (results / self.file).exists() else []:
             if all(entry.get(name) == value for name, value in self.match.items()):
                 newest[tuple(str(look_up(entry, name)) for name in self.key)] = entry
-        if not newest:
-            return "*Nothing measured yet.*"
-        entries = sorted(newest.values(), key=lambda entry: [look_up(entry, name) for name in self.order])
-        rows = [[column.form(look_up(entry, column.path)) for column in self.columns] for entry in entries]
-        return markdown([column.title for column in self.columns], rows)
+        return list(newest.values())
+
+    def rows(self, entries: Sequence[Entry]) -> list[list[str]]:
+        """Cells, a row an entry."""
+        return [[column.form(look_up(entry, column.path)) for column in self.columns] for entry in entries]
+
+
+@dataclass(frozen=True)
+class SeedsTable(LedgerTable):
+    """One row for all seeds of a kind: the mean of each figure, with the standard deviation from two seeds on.
+
+    The newest entry of each seed counts. A figure that some entries lack is averaged over the others ("-" if all lack
+    it); of columns that are no figures, the seeds are listed and the others are the newest entry's.
+    """
+
+    def rows(self, entries: Sequence[Entry]) -> list[list[str]]:
+        """Cells, a row a kind."""
+        kinds: dict[tuple[str, ...], list[Entry]] = {}
+        for entry in entries:
+            kinds.setdefault(tuple(str(entry[name]) for name in self.key if name != "seed"), []).append(entry)
+        return [[self._cell(column, kind) for column in self.columns] for kind in kinds.values()]
+
+    @staticmethod
+    def _cell(column: Column, kind: Sequence[Entry]) -> str:
+        if column.path == "seed":
+            return ", ".join(str(seed) for seed in sorted(entry["seed"] for entry in kind))
+        figures, _, name = column.path.partition(".")
+        if figures != "figures":
+            return column.form(look_up(max(kind, key=lambda entry: entry["date"]), column.path))
+        values = [entry["figures"][name] for entry in kind if name in entry["figures"]]
+        if not values:
+            return "-"
+        spread = f" ± {column.form(statistics.stdev(values))}" if len(values) > 1 else ""
+        return column.form(statistics.mean(values)) + spread
 
 
 @dataclass(frozen=True)

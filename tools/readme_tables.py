@@ -11,6 +11,7 @@ from ov_segmentation.method_facts import FACTS, closing_sections, paper_table
 from tools.ledger_tables import (
     Column,
     LedgerTable,
+    SeedsTable,
     Value,
     billions,
     code,
@@ -105,10 +106,18 @@ TABLES: dict[str, LedgerTable | MethodTable | MethodText] = {
         ),
         key=("method", "command", "protocol"),
     ),
-    "scenes": LedgerTable(
+    "scenes": SeedsTable(
         "scenes.jsonl",
-        (Column("Checkpoint", "name"), *_SCENE_COLUMNS, Column("Seed", "seed"), Column("Commit", "commit", commit)),
+        (
+            Column("Checkpoint", "name"),
+            *_SCENE_COLUMNS[:-1],
+            Column("Pixel accuracy", "figures.pixel_accuracy", percent),
+            Column("mIoU, made-up names", "figures.random_miou", percent),
+            Column("Seeds", "seed"),
+            Column("Newest commit", "commit", commit),
+        ),
         key=("name", "protocol", "seed"),
+        match={"protocol": "scenes-small-400"},
     ),
     "adaptation": LedgerTable(
         "adaptation.jsonl",
