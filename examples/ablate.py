@@ -27,7 +27,7 @@ from transformers import AutoProcessor
 
 from ov_segmentation import AutoModelForOpenVocabularySegmentation, ledger
 from ov_segmentation.data.datasets import load_segmentation_data
-from ov_segmentation.data.scene_folders import EVALUATION_FOLDER
+from ov_segmentation.data.scene_folders import EVALUATION_FOLDER, world_suffix
 from ov_segmentation.data.scene_vocabulary import SceneVocabulary
 from ov_segmentation.strict_mapping import override
 from ov_segmentation.training.ablation import Row, Study, describe, load_studies, measurements, render
@@ -120,7 +120,7 @@ def measure(study: Study, row: Row, seed: int, options: argparse.Namespace) -> N
         seed=seed,
         seconds=result["seconds"],
         figures={**figures, "cpu_seconds": result["cpu_seconds"]},
-        protocol=f"scenes-small-{study.scenes}",
+        protocol=f"scenes-small-{study.scenes}{world_suffix(options.data)}",
         code=code,
         **describe(study, row),
     )

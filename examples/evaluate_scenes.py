@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoProcessor, CLIPConfig
 
 from ov_segmentation import AutoModelForOpenVocabularySegmentation, ledger
 from ov_segmentation.data.datasets import load_segmentation_data
-from ov_segmentation.data.scene_folders import EVALUATION_FOLDER
+from ov_segmentation.data.scene_folders import EVALUATION_FOLDER, world_suffix
 from ov_segmentation.data.scene_vocabulary import SceneVocabulary
 from ov_segmentation.evaluation.runner import weights_digest
 from ov_segmentation.models.deop.processing_deop import DeOPProcessor
@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     pictures = load_segmentation_data(options.data / EVALUATION_FOLDER).split("validation", options.max_samples)
     vocabulary = SceneVocabulary.by_name(options.vocabulary)
     distractors = absent_names(vocabulary, options.distractors, options.seed)
-    protocol = f"scenes-{options.vocabulary}-{len(pictures)}"
+    protocol = f"scenes-{options.vocabulary}-{len(pictures)}{world_suffix(options.data)}"
     if distractors:
         protocol += f"-and-{len(distractors)}-absent-names"
 

@@ -12,7 +12,7 @@ from datasets import load_dataset
 
 from ov_segmentation.data.class_names import class_names
 from ov_segmentation.data.datasets import load_segmentation_data
-from ov_segmentation.data.scene_folders import write_scenes
+from ov_segmentation.data.scene_folders import world_suffix, write_scenes
 from ov_segmentation.data.scene_vocabulary import SceneVocabulary
 from ov_segmentation.metrics import ConfusionMatrix
 from ov_segmentation.training import scene_evaluation
@@ -46,6 +46,12 @@ def test_evaluation_has_all_names_and_other_scenes(folder: Path) -> None:
     assert list(data) == ["validation"] and class_names(data) == list(SCENES.names)
     trained = load_dataset(str(folder / "train"), split="train")
     assert not np.array_equal(np.asarray(data["validation"][0]["image"]), np.asarray(trained[0]["image"]))
+
+
+def test_scenes_that_are_not_the_standard_ones_have_a_protocol_of_their_own(folder: Path, tmp_path: Path) -> None:
+    assert world_suffix(folder) == "" == world_suffix(tmp_path)
+    write_scenes(tmp_path, num_train=1, num_evaluation=1, difficulty="crowded_harsh", size=64)
+    assert world_suffix(tmp_path) == "-64-crowded_harsh"
 
 
 def scores_of(predict, pictures) -> object:

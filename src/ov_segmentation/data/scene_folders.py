@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
-from ..atomic_files import TEMPORARY
+from ..atomic_files import TEMPORARY, write_atomically
 from .scene_vocabulary import TIERS
 from .scenes_dataset import scenes_dataset
 
 TRAIN_FOLDER, EVALUATION_FOLDER = "train", "evaluation"
+WORLD_FILE = "scenes.json"
+STANDARD_WORLD = {"size": 96, "geometry": "easy", "difficulty": "standard"}
+"""What scenes are like unless [`write_scenes`] is told otherwise."""
 
 
 def write_scenes(output: str | Path, num_train: int, num_evaluation: int, seed: int = 0, **scenes: Any) -> None:
@@ -21,7 +25,8 @@ def write_scenes(output: str | Path, num_train: int, num_evaluation: int, seed: 
     Args:
         num_train, num_evaluation: scenes; `train`'s own validation split has an eighth of `num_evaluation`.
         seed: training, validation and evaluation scenes come from seeds of their own that follow from it.
-        scenes: `vocabulary`, `size`, `geometry`, `difficulty`, see [`scenes_dataset`].
+        scenes: `vocabulary`, `size`, `geometry`, `difficulty`, see [`scenes_dataset`]. What they are stands in
+            `<output>/scenes.json` too, see [`world_suffix`].
     """
     parts = (
         (TRAIN_FOLDER, "train", num_train, TIERS[:1]),
@@ -36,3 +41,17 @@ def write_scenes(output: str | Path, num_train: int, num_evaluation: int, seed: 
         partial = file.with_name(file.name + TEMPORARY)
         rows.to_parquet(partial)
         partial.replace(file)  # a file that is there is whole
+    world = {name: scenes.get(name, standard) for name, standard in STANDARD_WORLD.items()}
+    write_atomically(Path(output) / WORLD_FILE, json.dumps({**world, "seed": seed}, indent=1) + "\n")
+
+
+def world_suffix(folder: str | Path) -> str:
+    """What makes scenes other than the standard ones, as the end of a protocol's name: "-crowded_harsh"; "" if nothing.
+
+    Args:
+        folder: where [`write_scenes`] wrote them.
+    """
+    file = Path(folder) / WORLD_FILE
+    # folders of before 2026-11-27 lack it
+    world = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else STANDARD_WORLD
+    return "".join(f"-{world[name]}" for name, standard in STANDARD_WORLD.items() if world[name] != standard)
