@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt --editable
 # One thread per process: the suite and the training runs are processes side by side.
 ENVIRONMENT := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1
+# of `make bench`; with RESUME=1 it measures what the ledgers lack
+MINUTES ?= 45
 SOURCES := src tests tools conversion examples benchmarks setup.py
 LINTED = $(wildcard $(SOURCES))
 
@@ -32,7 +34,7 @@ readme: $(VENV)/.dev
 	$(BIN)/python examples/ablate.py --limit 0 --table docs/ablations.md
 
 bench: $(VENV)/.dev
-	$(BIN)/python benchmarks/speed.py --threads 2 --ledger results/speed.jsonl
+	$(BIN)/python benchmarks/all.py --minutes $(MINUTES) $(if $(RESUME),--resume)
 
 clean:
 	rm -rf $(VENV)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,9 +20,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.measuring import run_fresh, status, timed, unit_call
+from benchmarks.measuring import Rows, status, timed, unit_call
 from benchmarks.rows import SIZES, build, forced, like_trained
-from ov_segmentation import ledger
 
 LIMIT = 180.0
 METHODS = ("san", "deop", "ovseg-20", "sed-top8", "cat_seg", "esc_net")
@@ -36,7 +34,7 @@ WINDOWS = (2, 4)
 LARGE_PICTURE = {"san": 4096}
 LARGE_PICTURE_ELSEWHERE = 2048
 # a repeat is taken where the first call, which also allocates, was shorter than this
-SHORT = 20.0
+SHORT = 3.0
 
 
 def measure_row(
@@ -134,62 +132,38 @@ def predicted(varied: str, done: Sequence[tuple[Mapping[str, Any], Mapping[str, 
     return of_second["seconds"] + max(0.0, slope) * (task[varied] - second[varied])
 
 
-def present(path: Path | None, threads: int) -> dict[str, dict[str, Any]]:
-    """Figures of the ledger's rows by their task."""
-    entries = ledger.read(path) if path is not None and path.exists() else []
-    return {json.dumps(entry["task"]): entry["figures"] for entry in entries if entry["threads"] == threads}
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure the chosen tables; 1 if a row failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES))
     parser.add_argument("--methods", nargs="+", choices=list(SIZES), default=list(METHODS), metavar="ROW")
     parser.add_argument("--largest", type=int, help="leave out rows beyond this value of what varies")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--ledger", type=Path, help="JSON-lines file to append the figures to")
-    parser.add_argument("--resume", action="store_true", help="leave out rows that the ledger has")
-    parser.add_argument("--here", help=argparse.SUPPRESS)
+    parser.add_argument("--limit", type=float, default=LIMIT, help="seconds beyond which a row is extrapolated")
+    Rows.add_options(parser)
     options = parser.parse_args(arguments)
     if options.here:
         print(json.dumps(measure_row(**json.loads(options.here))))
         return 0
-    known = present(options.ledger, options.threads) if options.resume else {}
-    failed = 0
+    kept = Rows(__file__, arguments, options)
     for table in options.tables:
         for varied, tasks in rows(table, options.methods):
             done: list[tuple[dict[str, Any], dict[str, Any]]] = []
             for task in tasks:
                 if options.largest and task[varied] > options.largest:
                     continue
-                figures = known.get(json.dumps(task))
+                figures = kept.known({"table": table, "task": task})
                 if figures is None:
                     start, seconds = time.perf_counter(), predicted(varied, done, task)
-                    if seconds is not None and seconds > LIMIT:
+                    if seconds is not None and seconds > options.limit:
                         figures = {"seconds": seconds, "units": None, "peak_mib": None, "extrapolated": True}
                     else:
-                        try:
-                            figures = run_fresh(__file__, task, options.threads)
-                        except RuntimeError as error:
-                            failed += 1
-                            print(f"{task}: {error}", flush=True)
-                            continue
-                    if options.ledger is not None:
-                        ledger.append(
-                            options.ledger,
-                            command=shlex.join(
-                                ["python", "benchmarks/growth.py", *(sys.argv[1:] if arguments is None else arguments)]
-                            ),
-                            seed=0,
-                            seconds=time.perf_counter() - start,
-                            figures=figures,
-                            table=table,
-                            task=task,
-                            threads=options.threads,
-                        )
+                        figures = kept.measure(f"{table} {task}", task)
+                    if figures is None:
+                        continue
+                    kept.record(start, figures, table=table, task=task)
                 done.append((task, figures))
                 print(line(varied, task, figures), flush=True)
-    return int(failed > 0)
+    return int(kept.failed > 0)
 
 
 def line(varied: str, task: Mapping[str, Any], figures: Mapping[str, Any]) -> str:

@@ -7,14 +7,16 @@ multiply-adds per second of a large one. The *floor* of a call is what its multi
 
 from __future__ import annotations
 
+import argparse
 import gc
 import json
 import os
+import shlex
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ import torch
 from torch.nn.functional import conv2d, linear, scaled_dot_product_attention
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
+from ov_segmentation import ledger
 from ov_segmentation.profiling import ATTENTION, CONVOLUTION, MATRIX_PRODUCT, MultiplyAddCounter
 
 MEBIBYTE = 2**20
@@ -139,6 +142,70 @@ def run_fresh(script: str, task: Mapping[str, Any], threads: int) -> dict[str, A
     if done.returncode:
         raise RuntimeError(f"{script} {dict(task)} ended with {done.returncode}:\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.splitlines()[-1])
+
+
+class Rows:
+    """The rows of one benchmark: leaves out those that are known or come too late, measures the others in fresh
+    processes, and writes them to the ledger.
+
+    Args:
+        script: the benchmark's `__file__`.
+        arguments: of its command line.
+        options: parsed by a parser with `add_options`.
+    """
+
+    def __init__(self, script: str, arguments: Sequence[str] | None, options: argparse.Namespace) -> None:
+        self.script, self.options = script, options
+        name = Path(script).name
+        self.command = shlex.join(["python", f"benchmarks/{name}", *(sys.argv[1:] if arguments is None else arguments)])
+        self.machine, self.code = ledger.describe_machine(), ledger.revision()
+        self.failed, self.late = 0, 0
+
+    @staticmethod
+    def add_options(parser: argparse.ArgumentParser) -> None:
+        """The options of every benchmark."""
+        parser.add_argument("--threads", type=int, default=2)
+        parser.add_argument("--ledger", type=Path, help="JSON-lines file to append the figures to")
+        parser.add_argument("--resume", action="store_true", help="leave out rows of this commit that the ledger has")
+        parser.add_argument("--until", type=float, help="start no row after this time (seconds since the epoch)")
+        parser.add_argument("--here", help=argparse.SUPPRESS)
+
+    def known(self, fields: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Figures of a row that need not be measured again."""
+        path = self.options.ledger
+        if not self.options.resume or path is None or not path.exists():
+            return None
+        wanted = {**fields, "machine": self.machine, "threads": self.options.threads, "commit": self.code["commit"]}
+        fitting = [one for one in ledger.read(path) if all(one.get(key) == value for key, value in wanted.items())]
+        return fitting[-1]["figures"] if fitting else None
+
+    def measure(self, title: str, task: Mapping[str, Any]) -> dict[str, Any] | None:
+        """What a fresh process measures; None, and a line that says so, if it failed or it is too late to start."""
+        if self.options.until is not None and time.time() > self.options.until:
+            self.late += 1
+            print(f"{title}: not started, the time is over", flush=True)
+            return None
+        try:
+            return run_fresh(self.script, task, self.options.threads)
+        except RuntimeError as error:
+            self.failed += 1
+            print(f"{title}: {error}", flush=True)
+            return None
+
+    def record(self, start: float, figures: Mapping[str, Any], seed: int | None = 0, **fields: Any) -> None:
+        """Append a row that was begun at `start` (`time.perf_counter`), if there is a ledger."""
+        if self.options.ledger is not None:
+            ledger.append(
+                self.options.ledger,
+                command=self.command,
+                seed=seed,
+                seconds=time.perf_counter() - start,
+                figures=figures,
+                machine=self.machine,
+                code=self.code,
+                threads=self.options.threads,
+                **fields,
+            )
 
 
 def bfloat16_matrix_instructions() -> bool:

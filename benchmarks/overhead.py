@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shlex
 import statistics
 import sys
 import time
@@ -27,9 +26,9 @@ from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.measuring import run_fresh, timed
+from benchmarks.measuring import Rows, timed
 from benchmarks.rows import METHOD_BY_TYPE, build, forced, like_trained
-from ov_segmentation import Vocabulary, ledger
+from ov_segmentation import Vocabulary
 from ov_segmentation.auto import load_class
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -146,11 +145,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
-    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--tokenizer", help="folder or Hub id of CLIP's (default: CLIP_TOKENIZER, ../shared/tokenizer)")
-    parser.add_argument("--ledger", type=Path, help="JSON-lines file to append the figures to")
-    parser.add_argument("--here", help=argparse.SUPPRESS)
+    Rows.add_options(parser)
     options = parser.parse_args(arguments)
     if options.here:
         task = json.loads(options.here)
@@ -158,38 +155,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     tokenizer = options.tokenizer or os.environ.get("CLIP_TOKENIZER") or str(ROOT.parent / "shared" / "tokenizer")
     chosen = {"pipeline": METHODS, "names": MASK_FAMILY, "text": ("san",)}
-    failed = 0
+    rows = Rows(__file__, arguments, options)
     for kind in options.kinds:
         for name in (name for name in chosen[kind] if name in options.methods):
-            start = time.perf_counter()
-            task = {"kind": kind, "name": name, "tokenizer": tokenizer, "repeats": options.repeats}
-            try:
-                figures = run_fresh(__file__, task, options.threads)
-            except RuntimeError as error:
-                failed += 1
-                print(f"{kind} {name}: {error}", flush=True)
-                continue
+            start, row = time.perf_counter(), {"kind": kind, "name": name}
+            figures = rows.known(row)
+            if figures is None:
+                figures = rows.measure(f"{kind} {name}", {**row, "tokenizer": tokenizer, "repeats": options.repeats})
+                if figures is None:
+                    continue
+                rows.record(start, figures, **row, target=TARGETS[kind])
             met = "meets" if figures["share"] <= TARGETS[kind] else "misses"
             print(
                 f"{kind:<10}{name:<10} {100 * figures['share']:6.1f} % (cpu {100 * figures['cpu_share']:.1f} %), {met} "
                 f"{100 * TARGETS[kind]:.0f} %: {figures}",
                 flush=True,
             )
-            if options.ledger is not None:
-                ledger.append(
-                    options.ledger,
-                    command=shlex.join(
-                        ["python", "benchmarks/overhead.py", *(sys.argv[1:] if arguments is None else arguments)]
-                    ),
-                    seed=0,
-                    seconds=time.perf_counter() - start,
-                    figures=figures,
-                    kind=kind,
-                    name=name,
-                    threads=options.threads,
-                    target=TARGETS[kind],
-                )
-    return int(failed > 0)
+    return int(rows.failed > 0)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from ov_segmentation.models.sed import chunks, decoder
 from ov_segmentation.models.sed.configuration_sed import SEDConfig
 
 METHOD_BY_TYPE = {method.model_type: method for method in METHODS}
+CLASSES = (20, 150, 847)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -47,6 +48,7 @@ class Size:
         original_units: number of classes -> seconds of the original, float32, in units.
         original_gigabytes: number of classes -> peak memory of the original.
         target: share of the original's units.
+        classes: numbers of classes that it is measured with unless told otherwise.
     """
 
     title: str
@@ -59,6 +61,7 @@ class Size:
     original_units: Mapping[int, float] = field(default_factory=dict)
     original_gigabytes: Mapping[int, float] = field(default_factory=dict)
     target: float | None = None
+    classes: Sequence[int] = CLASSES
 
 
 def ovseg_config() -> Any:
@@ -107,6 +110,7 @@ SIZES = {
         original_units={150: 12.5},
         original_gigabytes={150: 3.5},
         target=0.85,
+        classes=(150,),
     ),
     "simbaseline-20": Size(
         "SimBaseline, 20 crops",
@@ -115,8 +119,9 @@ SIZES = {
         crops=20,
         original_units={150: 2.95},
         original_gigabytes={150: 3.1},
+        classes=(150,),
     ),
-    "simbaseline-100": Size("SimBaseline, 100 crops", simbaseline_config, (480, 640), crops=100),
+    "simbaseline-100": Size("SimBaseline, 100 crops", simbaseline_config, (480, 640), crops=100, classes=(150,)),
     "sed": Size(
         "SED ConvNeXt-B, all classes",
         SEDConfig,
@@ -151,6 +156,7 @@ SIZES = {
         original_units={150: 25.0},
         original_gigabytes={150: 6.5},
         target=0.5,
+        classes=(150,),
     ),
     "cat_seg-all": Size("CAT-Seg ViT-B/16, all classes", CATSegConfig, (384, 384), switches={"max_classes": None}),
     "esc_net": Size("ESC-Net ViT-B/16", ESCNetConfig, (384, 384)),

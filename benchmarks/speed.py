@@ -12,7 +12,7 @@ likewise (`measuring.py`). `rows.py` has the sizes, the originals' figures and t
 from __future__ import annotations
 
 import argparse
-import shlex
+import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -21,16 +21,14 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.measuring import bfloat16_matrix_instructions, measure, run_fresh
-from benchmarks.rows import DTYPES, EXTRA_SIZES, SIZES, build, forced, like_trained
-from ov_segmentation import ledger
+from benchmarks.measuring import Rows, bfloat16_matrix_instructions, measure
+from benchmarks.rows import CLASSES, DTYPES, EXTRA_SIZES, SIZES, build, forced, like_trained
 
 FLOOR_TARGET = 1.3
 MEMORY_TARGET = 0.5
 MEMORY_TARGET_CLASSES = 847
 # of bfloat16, in float32's units
 BFLOAT16_TARGET = 0.5
-CLASSES = (20, 150, 847)
 TITLES = ("row", "K", "dtype", "s", "CPU s", "units", "original", "target", "x floor", "GMAC", "GB", "original", "")
 FORMAT = "{:<16}{:>4} {:<9}{:>8}{:>8}{:>8}{:>9}{:>8}{:>8}{:>8}{:>7}{:>9}  {}"
 
@@ -101,13 +99,6 @@ def line(name: str, classes: int, dtype: str, figures: Mapping[str, Any]) -> str
     )
 
 
-def present(path: Path | None) -> dict[tuple, dict[str, Any]]:
-    """Figures of the ledger's rows by (name, classes, dtype, threads, machine)."""
-    entries = ledger.read(path) if path is not None and path.exists() else []
-    keys = ("name", "classes", "dtype", "threads", "machine")
-    return {tuple(entry[key] for key in keys): entry["figures"] for entry in entries if "dtype" in entry}
-
-
 def summarise(table: Mapping[tuple[str, int, str], Mapping[str, Any]]) -> list[str]:
     """What needs several rows: classes in the mask family, and many passes against one."""
     found = []
@@ -129,61 +120,40 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     default = [name for name in SIZES if name not in EXTRA_SIZES]
     parser.add_argument("--methods", nargs="+", choices=list(SIZES), default=default, metavar="ROW", help=str([*SIZES]))
-    parser.add_argument("--classes", type=int, nargs="+", choices=CLASSES, default=CLASSES)
+    parser.add_argument("--classes", type=int, nargs="+", choices=CLASSES, help="default: those of the size's table")
     parser.add_argument("--dtypes", nargs="+", choices=list(DTYPES), default=list(DTYPES))
-    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3, help="timed calls per row")
     parser.add_argument("--budget", type=float, default=40, help="seconds after which a row starts no further repeat")
-    parser.add_argument("--ledger", type=Path, help="JSON-lines file to append the figures to")
-    parser.add_argument("--resume", action="store_true", help="leave out rows that the ledger has, of this machine")
-    parser.add_argument("--here", help=argparse.SUPPRESS)
+    Rows.add_options(parser)
     options = parser.parse_args(arguments)
     if options.here:
-        import json
-
         print(json.dumps(measure_row(**json.loads(options.here))))
         return 0
-    rows = [(name, k, dtype) for dtype in options.dtypes for name in options.methods for k in options.classes]
-    machine = ledger.describe_machine()
-    known = present(options.ledger) if options.resume else {}
+    rows = Rows(__file__, arguments, options)
+    chosen = [
+        {"name": name, "classes": k, "dtype": dtype}
+        for dtype in options.dtypes
+        for k in options.classes or CLASSES
+        for name in options.methods
+        if options.classes or k in SIZES[name].classes
+    ]
     table: dict[tuple[str, int, str], dict[str, Any]] = {}
-    failed = 0
     print(FORMAT.format(*TITLES), flush=True)
-    for number, (name, classes, dtype) in enumerate(rows, start=1):
-        figures = known.get((name, classes, dtype, options.threads, machine))
+    for number, row in enumerate(chosen, start=1):
+        figures, title = rows.known(row), " ".join(map(str, row.values()))
         if figures is None:
-            print(f"[{number}/{len(rows)}] {name} {classes} {dtype} ...", end="\r", file=sys.stderr, flush=True)
-            task = {"name": name, "classes": classes, "dtype": dtype}
-            task |= {"repeats": options.repeats, "budget": options.budget}
+            print(f"[{number}/{len(chosen)}] {title} ...", end="\r", file=sys.stderr, flush=True)
             start = time.perf_counter()
-            try:
-                figures = run_fresh(__file__, task, options.threads)
-            except RuntimeError as error:
-                failed += 1
-                print(f"{name} {classes} {dtype}: {error}", flush=True)
+            figures = rows.measure(title, {**row, "repeats": options.repeats, "budget": options.budget})
+            if figures is None:
                 continue
-            figures |= compare(name, classes, dtype, figures)
-            if options.ledger is not None:
-                ledger.append(
-                    options.ledger,
-                    command=shlex.join(
-                        ["python", "benchmarks/speed.py", *(sys.argv[1:] if arguments is None else arguments)]
-                    ),
-                    seed=0,
-                    seconds=time.perf_counter() - start,
-                    figures=figures,
-                    machine=machine,
-                    name=name,
-                    title=SIZES[name].title,
-                    picture=list(SIZES[name].picture),
-                    classes=classes,
-                    dtype=dtype,
-                    threads=options.threads,
-                )
-        table[name, classes, dtype] = figures
-        print(line(name, classes, dtype, figures), flush=True)
+            figures |= compare(**row, figures=figures)
+            size = SIZES[row["name"]]
+            rows.record(start, figures, **row, title=size.title, picture=list(size.picture))
+        table[tuple(row.values())] = figures
+        print(line(**row, figures=figures), flush=True)
     print(*summarise(table), sep="\n")
-    return int(failed > 0)
+    return int(rows.failed > 0)
 
 
 if __name__ == "__main__":

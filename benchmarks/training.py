@@ -1,127 +1,195 @@
-"""Step time, memory and the share of data loading of training recipes.
+"""Step time, memory and the share of data loading of training recipes: target for the latter below 10 %.
 
-    python benchmarks/training.py examples/recipes/san_scenes.yaml --threads 2 --ledger results/training_speed.jsonl
-    python benchmarks/training.py examples/recipes/san_vit_b_16_coco.yaml --set batch_size=1 model.from_clip=null ...
+    python benchmarks/training.py --data build/bench --threads 2 --ledger results/training_speed.jsonl
+    python benchmarks/training.py my_recipe.yaml --set batch_size=2
 
-Each recipe is a fresh process that runs a few optimizer steps of the training loop itself, pictures loaded in the same
-process so that nothing hides behind the model, and no evaluation. `--set` makes a recipe fit a machine without its
-data, its weights or its memory. Medians over the steps after the first.
+Without names: every recipe of examples/recipes, made to fit (`training_sizes.py`); `--data`: what `all.py` prepares.
+Each is a fresh process that runs a few optimizer steps of the training loop itself, pictures loaded in the same process
+so that nothing hides behind the model, and no evaluation. Medians over the steps after the first.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.measuring import run_fresh, status
-from ov_segmentation import ledger
+from benchmarks.measuring import Rows, status
+from benchmarks.training_sizes import RECIPES, fitted, kind_of, recipe_names
 
 TARGET = 0.1
+Clock = tuple[float, float]
 
 
-def measure_recipe(recipe: str, changes: Sequence[str], steps: int, threads: int) -> dict[str, Any]:
+def clock() -> Clock:
+    """Wall and processor seconds."""
+    return time.perf_counter(), time.process_time()
+
+
+class StepTimer:
+    """Notes when each optimizer step ended, and how long the loading of its pictures took."""
+
+    def __init__(self) -> None:
+        self.ends: list[Clock] = []
+        self.loading: list[Clock] = [(0.0, 0.0)]
+
+    def loads(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function`, whose time counts as loading."""
+
+        def load(*arguments: Any, **keywords: Any) -> Any:
+            start = clock()
+            try:
+                return function(*arguments, **keywords)
+            finally:
+                self.loading[-1] = tuple(old + now - then for old, now, then in zip(self.loading[-1], clock(), start))
+
+        return load
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """While entered, optimizer steps are noted."""
+        from torch.optim.optimizer import register_optimizer_step_post_hook
+
+        def note(*given: Any) -> None:
+            self.ends.append(clock())
+            self.loading.append((0.0, 0.0))
+
+        hook = register_optimizer_step_post_hook(note)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    def figures(self) -> dict[str, float]:
+        """Medians over the steps after the first."""
+        steps = [tuple(b - a for a, b in zip(*pair)) for pair in zip(self.ends, self.ends[1:])]
+        seconds, cpu_seconds = (statistics.median(step[i] for step in steps) for i in (0, 1))
+        data, data_cpu = (statistics.median(part[i] for part in self.loading[1 : len(steps) + 1]) for i in (0, 1))
+        return {
+            "step_seconds": seconds,
+            "step_cpu_seconds": cpu_seconds,
+            "data_share": data / seconds,
+            "data_cpu_share": data_cpu / cpu_seconds,
+        }
+
+
+def measure_recipe(recipe: str, folder: str, changes: Sequence[str], steps: int, threads: int) -> dict[str, Any]:
     """The figures of a recipe; in a process of its own."""
-    from ov_segmentation.training.loop import SegmentationRun
-    from ov_segmentation.training.recipe import load_recipe
+    import torch
 
-    class TimedRun(SegmentationRun):
-        """Notes how long each step, and the loading of its pictures, took."""
+    from ov_segmentation.strict_mapping import override
 
-        def _batches(self) -> Iterator[Any]:
-            batches = super()._batches()
-            while True:
-                start = time.perf_counter(), time.process_time()
-                try:
-                    batch = next(batches)
-                except StopIteration:
-                    return
-                loading[-1][0] += time.perf_counter() - start[0]
-                loading[-1][1] += time.process_time() - start[1]
-                yield batch
-
-        def _optimizer_step(self, batches: Iterator[Any]) -> None:
-            loading.append([0.0, 0.0])
-            start = time.perf_counter(), time.process_time()
-            super()._optimizer_step(batches)
-            whole.append((time.perf_counter() - start[0], time.process_time() - start[1]))
-
-    loading: list[list[float]] = []
-    whole: list[tuple[float, float]] = []
-    fixed = [f"steps={steps + 1}", f"threads={threads}", "num_workers=0"]
-    loaded = load_recipe(Path(recipe), [*changes, *fixed])
-    with tempfile.TemporaryDirectory() as folder:
-        run = TimedRun(loaded, Path(folder) / "run", "never")
-        run.evaluates = False
-        run.store.save = lambda *given: None
-        before = status("VmRSS")
-        run.train([False])
-    seconds, cpu_seconds = (statistics.median(step[i] for step in whole[1:]) for i in (0, 1))
-    data_seconds, data_cpu = (statistics.median(step[i] for step in loading[1:]) for i in (0, 1))
+    torch.set_num_threads(threads)
+    values, made = fitted(Path(recipe), Path(folder))
+    for change in changes:
+        override(values, change)
+    kind, timer, before = kind_of(values), StepTimer(), status("VmRSS")
+    values |= {"steps": steps + 1}
+    with tempfile.TemporaryDirectory() as output, timer.running():
+        RUNNERS[kind](values, Path(output) / "run", timer, threads)
     return {
-        "step_seconds": seconds,
-        "step_cpu_seconds": cpu_seconds,
-        "data_share": data_seconds / seconds,
-        "data_cpu_share": data_cpu / cpu_seconds,
+        **timer.figures(),
         "before_mib": round(before),
         "peak_mib": round(status("VmHWM")),
-        "batch_size": loaded.batch_size,
+        "batch_size": values["batch_size"],
+        "changes": [*made, *changes],
     }
+
+
+def run_loop(values: Mapping[str, Any], output: Path, timer: StepTimer, threads: int) -> None:
+    """A run of segmentation or of mask adaptation, without evaluation, checkpoints and export."""
+    from ov_segmentation.strict_mapping import from_mapping
+    from ov_segmentation.training.adaptation_recipe import AdaptationRecipe
+    from ov_segmentation.training.loop import SegmentationRun
+    from ov_segmentation.training.mask_adaptation import AdaptationRun
+    from ov_segmentation.training.recipe import Recipe
+
+    adapts = kind_of(values) == "adaptation"
+    recipe_class, run_class = (AdaptationRecipe, AdaptationRun) if adapts else (Recipe, SegmentationRun)
+    values = {**values, "threads": threads, "num_workers": 0}
+    run = run_class(from_mapping(recipe_class, values), output, "never")
+    run.evaluates = False
+    run.store.save = lambda *given: None
+    batches = run._batches
+
+    def timed_batches() -> Iterator[Any]:
+        of_loader = batches()
+        load = timer.loads(lambda: next(of_loader))
+        for _ in range(run.recipe.steps * run.recipe.accumulation):
+            yield load()
+
+    run._batches = timed_batches
+    run.train([False])
+
+
+def run_clip(values: Mapping[str, Any], output: Path, timer: StepTimer, threads: int) -> None:
+    """Contrastive training of a small CLIP; loading: crops, captions, and scenes made anew."""
+    from ov_segmentation.training import contrastive
+
+    recipe = contrastive.ContrastiveRecipe(**{**values, "eval_scenes": 8})
+    crops = contrastive.SceneCrops
+    with (
+        mock.patch.object(crops, "sample", timer.loads(crops.sample)),
+        mock.patch.object(crops, "refresh", timer.loads(crops.refresh)),
+    ):
+        contrastive.train_clip(recipe, output, progress_bar=False)
+
+
+def run_sam(values: Mapping[str, Any], output: Path, timer: StepTimer, threads: int) -> None:
+    """Training of a small SAM; loading: the making of scenes."""
+    from ov_segmentation.strict_mapping import from_mapping
+    from ov_segmentation.training import sam_training
+
+    recipe = from_mapping(sam_training.SamRecipe, {**values, "eval_scenes": 16})
+    generator = sam_training.SceneGenerator
+    with mock.patch.object(generator, "render", timer.loads(generator.render)):
+        sam_training.train_sam(recipe, output, progress_bar=False)
+
+
+RUNNERS = {"segmentation": run_loop, "adaptation": run_loop, "clip": run_clip, "sam": run_sam}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure the recipes; 1 if one failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("recipes", nargs="*", help="YAML files")
+    parser.add_argument("recipes", nargs="*", help="YAML files (default: those of examples/recipes)")
+    parser.add_argument("--data", type=Path, default=Path("build/bench"), help="folder with scenes and pairs")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="for all of them")
-    parser.add_argument("--steps", type=int, default=3, help="timed optimizer steps")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--ledger", type=Path, help="JSON-lines file to append the figures to")
-    parser.add_argument("--here", help=argparse.SUPPRESS)
+    parser.add_argument("--steps", type=int, default=2, help="timed optimizer steps")
+    Rows.add_options(parser)
     options = parser.parse_args(arguments)
     if options.here:
         print(json.dumps(measure_recipe(**json.loads(options.here))))
         return 0
-    failed = 0
-    for recipe in options.recipes:
-        start = time.perf_counter()
-        task = {"recipe": recipe, "changes": options.set, "steps": options.steps, "threads": options.threads}
-        try:
-            figures = run_fresh(__file__, task, options.threads)
-        except RuntimeError as error:
-            failed += 1
-            print(f"{recipe}: {error}", flush=True)
-            continue
+    rows = Rows(__file__, arguments, options)
+    for recipe in options.recipes or [RECIPES / f"{name}.yaml" for name in recipe_names()]:
+        start, name = time.perf_counter(), Path(recipe).stem
+        figures = None if options.set else rows.known({"name": name})
+        if figures is None:
+            task = {"recipe": str(recipe), "folder": str(options.data), "changes": options.set}
+            figures = rows.measure(name, {**task, "steps": options.steps, "threads": options.threads})
+            if figures is None:
+                continue
+            rows.record(start, figures, name=name, changes=figures.pop("changes"))
         met = "meets" if figures["data_share"] < TARGET else "misses"
         print(
-            f"{Path(recipe).stem:<28}{figures['step_seconds']:8.2f} s a step of {figures['batch_size']} "
+            f"{name:<28}{figures['step_seconds']:8.2f} s a step of {figures['batch_size']} "
             f"(cpu {figures['step_cpu_seconds']:.2f}), data {100 * figures['data_share']:.1f} % "
             f"(cpu {100 * figures['data_cpu_share']:.1f} %), {met} {100 * TARGET:.0f} %, "
             f"peak {figures['peak_mib']} MiB",
             flush=True,
         )
-        if options.ledger is not None:
-            given = sys.argv[1:] if arguments is None else arguments
-            ledger.append(
-                options.ledger,
-                command=shlex.join(["python", "benchmarks/training.py", *given]),
-                seed=0,
-                seconds=time.perf_counter() - start,
-                figures=figures,
-                name=Path(recipe).stem,
-                changes=options.set,
-                threads=options.threads,
-            )
-    return int(failed > 0)
+    return int(rows.failed > 0)
 
 
 if __name__ == "__main__":

@@ -7,12 +7,15 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import growth, measuring, precision, rows, speed
+from benchmarks import growth, measuring, precision, rows, speed, training, training_sizes
 from ov_segmentation import ledger
 from ov_segmentation.layers.sliding_window import window_offsets
 from ov_segmentation.models.sed import chunks
 from ov_segmentation.post_processing import post_process_semantic_segmentation
 from ov_segmentation.profiling import ATTENTION, CONVOLUTION, MATRIX_PRODUCT, MultiplyAddCounter
+from ov_segmentation.strict_mapping import from_mapping
+from ov_segmentation.training.adaptation_recipe import AdaptationRecipe
+from ov_segmentation.training.recipe import Recipe
 from tests.training_runs import MODEL
 
 
@@ -110,12 +113,53 @@ def test_a_large_picture_is_cut_into_as_many_windows_as_asked_for(name):
 def test_rows_beyond_three_minutes_are_marked(tmp_path, monkeypatch, capsys):
     measured = {"units": 1.0, "cpu_units": 1.0, "peak_mib": 900, "extrapolated": False}
     measured |= {f"{part}_seconds": 1.0 for part in ("processor", "model", "map")}
-    monkeypatch.setattr(growth, "run_fresh", lambda script, task, threads: {**measured, "seconds": task["classes"] / 9})
+    monkeypatch.setattr(
+        measuring, "run_fresh", lambda script, task, threads: {**measured, "seconds": task["classes"] / 9}
+    )
     path = tmp_path / "growth.jsonl"
     assert growth.main(["--tables", "classes", "--methods", "san", "--ledger", str(path)]) == 0
     marks = {entry["task"]["classes"]: entry["figures"]["extrapolated"] for entry in ledger.read(path)}
     assert marks == {20: False, 150: False, 847: False, 3000: True, 10_000: True}
     assert "extrapolated" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", training_sizes.recipe_names())
+def test_every_recipe_is_made_to_fit(name, tmp_path):
+    values, _ = training_sizes.fitted(training_sizes.RECIPES / f"{name}.yaml", tmp_path)
+    kind = training_sizes.kind_of(values)
+    if kind == "segmentation":
+        made = from_mapping(Recipe, values)
+        assert made.data.name.startswith(str(tmp_path))
+        for source in (made.model.from_pretrained, made.model.from_clip):
+            assert source is None or Path(source).is_dir()
+    elif kind == "adaptation":
+        assert from_mapping(AdaptationRecipe, values).model.from_pretrained is None
+    assert kind in training.RUNNERS
+
+
+def test_loading_is_a_share_of_the_step(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(training, "clock", lambda: (now[0], 2 * now[0]))
+    timer = training.StepTimer()
+    parameter = nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+
+    def wait(seconds):
+        now[0] += seconds
+
+    with timer.running():
+        for seconds in (5, 1, 1):
+            timer.loads(wait)(seconds)
+            wait(9)
+            optimizer.step()
+    assert timer.figures() == {
+        "step_seconds": 10,
+        "step_cpu_seconds": 20,
+        "data_share": pytest.approx(0.1),
+        "data_cpu_share": pytest.approx(0.1),
+    }
+    optimizer.step()
+    assert len(timer.ends) == 3  # nothing is noted afterwards
 
 
 FIGURES = {
@@ -148,13 +192,19 @@ def test_rows_are_recorded_and_left_out_when_resumed(tmp_path, monkeypatch, caps
             raise RuntimeError("no memory")
         return dict(FIGURES)
 
-    monkeypatch.setattr(speed, "run_fresh", run_fresh)
+    monkeypatch.setattr(measuring, "run_fresh", run_fresh)
     path = tmp_path / "speed.jsonl"
     chosen = ["--methods", "san", "--dtypes", "float32", "--threads", "1", "--ledger", str(path)]
     assert speed.main([*chosen, "--classes", "150"]) == 0
     assert speed.main([*chosen, "--resume"]) == 1
     assert measured == [("san", k, "float32", 1) for k in (150, 20, 847)]
     assert [entry["classes"] for entry in ledger.read(path)] == [150, 20]
+    monkeypatch.setattr(ledger, "revision", lambda: {"commit": "another", "dirty": False})
+    assert speed.main([*chosen, "--classes", "150", "--resume"]) == 0
+    assert len(measured) == 4
+    assert speed.main([*chosen, "--classes", "150", "--until", "0"]) == 0
+    assert len(measured) == 4
     shown = capsys.readouterr().out
     assert "no memory" in shown
+    assert "the time is over" in shown
     assert "misses units, floor" in shown
