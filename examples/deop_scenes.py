@@ -6,6 +6,7 @@
 
 Prompt and proposals are trained once, the third stage once per row; each row is evaluated on all tiers of the scenes
 and printed. Start the same command again after a kill: it continues. `--ledger FILE` also writes a line per row there.
+`--rows` trains some rows alone, `--seed N` another seed: give each seed an `--output` of its own.
 """
 
 from __future__ import annotations
@@ -42,7 +43,11 @@ TABLE_3: dict[str, dict[str, str]] = {
     "prompts, severance, anchors": {},
 }
 """Row -> what differs from the released model."""
-COLUMNS = ("things_a", "things_b", "things_c", "stuff_a", "hiou", "shuffled_hiou")
+ROWS_HELP = f"these alone, among: {'; '.join(TABLE_3)}"
+COLUMNS = ("things_a", "things_b", "things_c", "stuff_a", "miou", "hiou", "shuffled_hiou")
+RESULT = "result.json"
+STAGES = ("stage1", "stage2")
+"""Folders of the stages that all rows share."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -51,33 +56,37 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--clip", required=True, help="folder that examples/train_clip.py wrote")
     parser.add_argument("--scenes", required=True, type=Path, help="folder that examples/make_scenes.py wrote")
     parser.add_argument("--output", required=True, type=Path, help="folder of all runs")
+    parser.add_argument("--seed", type=int, default=0, help="of all recipes and of the shuffled names")
+    parser.add_argument("--rows", nargs="+", choices=TABLE_3, default=list(TABLE_3), metavar="ROW", help=ROWS_HELP)
     parser.add_argument("--max-samples", type=int, help="evaluate on only the first so many scenes")
     parser.add_argument("--set", action="extend", nargs="+", default=[], metavar="KEY=VALUE", help="for every recipe")
     parser.add_argument("--ledger", type=Path, help="JSON-lines file to append the figures to")
     options = parser.parse_args(arguments)
     command = shlex.join(["python", "examples/deop_scenes.py", *(sys.argv[1:] if arguments is None else arguments)])
-    common = [f"data.name={options.scenes / 'train'}", *options.set]
-    prompt = run("deop_scenes_stage1", options.output / "stage1", [f"model.from_clip={options.clip}", *common], command)
-    proposals = run(
-        "deop_scenes_stage2", options.output / "stage2", [f"model.from_pretrained={prompt}", *common], command
-    )
+    common = [f"data.name={options.scenes / 'train'}", f"seed={options.seed}", *options.set]
+    source = f"model.from_clip={options.clip}"
+    for stage in STAGES:
+        model = run(f"deop_scenes_{stage}", options.output / stage, [source, *common], command)
+        source = f"model.from_pretrained={model}"
     print(f"{'':>28}" + "".join(f"{name:>15}" for name in COLUMNS))
-    for row, changes in TABLE_3.items():
-        own = [f"model.config.{key}={value}" for key, value in changes.items()]
+    for row in options.rows:
+        own = [f"model.config.{key}={value}" for key, value in TABLE_3[row].items()]
         folder = options.output / row.replace(", ", "_")
-        model = run("deop_scenes", folder, [f"model.from_pretrained={proposals}", *own, *common], command)
+        model = run("deop_scenes", folder, [source, *own, *common], command)
         file = folder / "figures.json"
         if file.is_file():  # measured before a kill
             report(row, json.loads(file.read_text()))
             continue
         pictures = load_segmentation_data(options.scenes / EVALUATION_FOLDER).split("validation", options.max_samples)
-        figures, seconds = measure(model, pictures)
+        figures, seconds = measure(model, pictures, options.seed)
+        spent = [json.loads((path / RESULT).read_text()) for path in (*map(options.output.joinpath, STAGES), folder)]
+        figures["cpu_seconds"] = sum(result["cpu_seconds"] for result in spent)
         report(row, figures)
         if options.ledger is not None:
             ledger.append(
                 options.ledger,
                 command=command,
-                seed=0,
+                seed=options.seed,
                 seconds=seconds,
                 figures=figures,
                 protocol=f"scenes-small-{len(pictures)}",
@@ -95,17 +104,17 @@ def report(row: str, figures: dict[str, float]) -> None:
 
 def run(recipe: str, output: Path, assignments: list[str], command: str) -> Path:
     """Train, unless it is done; the exported model's folder."""
-    if not (output / "result.json").exists():
+    if not (output / RESULT).exists():
         train(load_recipe(RECIPES / f"{recipe}.yaml", assignments), output, command=command)
     return output / "model"
 
 
-def measure(folder: Path, pictures: LabelledPictures) -> tuple[dict[str, Any], float]:
+def measure(folder: Path, pictures: LabelledPictures, seed: int) -> tuple[dict[str, Any], float]:
     """Scores by tier, and the seconds that they took."""
     model = AutoModelForOpenVocabularySegmentation.from_pretrained(folder, dtype=torch.float32)
     start = time.perf_counter()
     processor = AutoProcessor.from_pretrained(folder)
-    figures = evaluate_scenes(model, processor, pictures, SceneVocabulary.by_name("small"), 0)
+    figures = evaluate_scenes(model, processor, pictures, SceneVocabulary.small(), seed)
     # a tier that few scenes do not show has no figure
     figures = {name: value for name, value in figures.items() if math.isfinite(value)}
     return figures, time.perf_counter() - start

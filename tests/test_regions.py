@@ -137,7 +137,10 @@ def test_recipes_of_deop(path: Path) -> None:
     assert recipe.model.config["training_stage"] == next(
         (v for k, v in STAGES.items() if k in path.stem), "segmentation"
     )
-    small = load_recipe(RECIPES / "deop_scenes_stage1.yaml").model.config if "scenes" in path.stem else {}
+    small = {}
+    if "scenes" in path.stem:
+        first = "deop_scenes_small_stage1" if "small" in path.stem else "deop_scenes_stage1"
+        small = load_recipe(RECIPES / f"{first}.yaml").model.config
     with torch.device("meta"):
         values = {k: v for k, v in recipe.model.config.items() if k != "backbone"}  # from_clip's
         model = DeOPForOpenVocabularySegmentation(DeOPConfig(**{**small, **values}))
