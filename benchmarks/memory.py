@@ -2,7 +2,8 @@
 
 `python benchmarks/memory.py sed --classes 847 --templates 80 --set rejection_top_k=8 --record`: the process imports
 torch and the package, makes the model, and goes from a picture to its label map with text embeddings at hand.
-`--record` appends to results/memory.jsonl.
+`--against class_chunk_size=null` segments it once more with other switches, after the peak is read, and says how far
+the logits are apart. `--record` appends to results/memory.jsonl.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ MEBIBYTE = 2**20
 
 
 def segment(options: argparse.Namespace) -> dict[str, float]:
-    """Segment one random picture in this process: MiB at the peak, and before the forward pass."""
+    """Segment one random picture in this process: MiB at the peak, and before the forward pass; with
+    `options.against`, the largest difference and size of logits, and the peak of that second run."""
     import numpy as np
     import torch
     from torch.nn.functional import normalize
@@ -41,18 +43,24 @@ def segment(options: argparse.Namespace) -> dict[str, float]:
         text_embeds = normalize(torch.randn(options.classes, *prompts, model.embedding_size), dim=-1)
         before = _status("VmRSS")
         start = time.perf_counter()
-        outputs = model(**image_processor(images=picture, return_tensors="pt"), text_embeds=text_embeds, **options.set)
+        inputs = {**image_processor(images=picture, return_tensors="pt"), "text_embeds": text_embeds}
+        outputs = model(**inputs, **options.set)
         (label_map,) = image_processor.post_process_semantic_segmentation(outputs, target_sizes=[tuple(options.size)])
         seconds = time.perf_counter() - start
+        figures = {
+            "peak_mib": round(_status("VmHWM")),
+            "before_forward_mib": round(before),
+            "seconds": round(seconds, 1),
+        }
+        if options.against:
+            other = model(**inputs, **{**options.set, **options.against}).logits
+            figures["largest_difference"] = (other - outputs.logits).abs().max().item()
+            figures["largest_logit"] = other.abs().max().item()
+            figures["peak_mib_against"] = round(_status("VmHWM"))
     kept = 1.0 if outputs.kept_classes is None else outputs.kept_classes.float().mean().item()
     if label_map.shape != tuple(options.size):
         raise RuntimeError(f"The label map has the shape {tuple(label_map.shape)}.")
-    return {
-        "peak_mib": round(_status("VmHWM")),
-        "before_forward_mib": round(before),
-        "seconds": round(seconds, 1),
-        "kept_classes": round(kept * options.classes),
-    }
+    return {**figures, "kept_classes": round(kept * options.classes)}
 
 
 def _status(field: str) -> float:
@@ -76,11 +84,14 @@ def main() -> None:
     parser.add_argument("--templates", type=int, default=80, help="prompts per class, where the method keeps them")
     parser.add_argument("--size", type=int, nargs=2, default=(768, 768), metavar=("HEIGHT", "WIDTH"))
     parser.add_argument("--set", type=_assignment, action="append", default=[], metavar="SWITCH=JSON")
+    parser.add_argument(
+        "--against", type=_assignment, action="append", default=[], metavar="SWITCH=JSON", help="compare the logits"
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--record", action="store_true", help="append to results/memory.jsonl")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    options.set = dict(options.set)
+    options.set, options.against = dict(options.set), dict(options.against)
     if options.here:
         print(json.dumps(segment(options)))
         return
@@ -101,6 +112,7 @@ def main() -> None:
             classes=options.classes,
             templates=options.templates,
             switches=options.set,
+            **({"against": options.against} if options.against else {}),
         )
 
 

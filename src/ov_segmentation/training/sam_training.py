@@ -3,10 +3,13 @@
 Source: Kirillov et al., "Segment Anything" (2023), section 3 and appendix A: three masks for a prompt, of which only
 the best is trained, focal (without class weights) and dice loss 20 : 1, and a head that learns the masks' IoU. In place
 of its rounds of corrected prompts every step draws one kind of prompt: points, a box, or a point and a rough mask.
+
+What minutes on a CPU need beside that is in [`init_for_short_training`] and in averaged weights (EMA).
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import time
@@ -17,10 +20,12 @@ from typing import Any, NamedTuple
 
 import torch
 import yaml
+from torch import nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import SamConfig, SamModel
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from transformers.models.sam.modeling_sam import SamAttention
 
 from ..data.scene_vocabulary import TIERS, SceneVocabulary
 from ..data.scenes import MAX_OBJECTS, SceneBatch, SceneGenerator
@@ -30,6 +35,10 @@ from ..strict_mapping import from_mapping
 from .contrastive import LOG_FILE, learning_rate_factor, parameter_groups
 
 PROMPTS = ("points", "box", "mask")
+# kinds of prompts in the steps of a training: masks are learnt first
+ROUND = ("points", "box", "points", "box", "mask")
+# at the start: of projections of queries and keys, of norms before them, of what the kind of a prompt adds to its place
+ATTENTION_GAIN, NORM_GAIN, LABEL_GAIN = 2.5, 0.3, 0.1
 FOCAL_WEIGHT, DICE_WEIGHT, IOU_WEIGHT = 20.0, 1.0, 1.0
 FOCAL_GAMMA = 2
 MASK_LOGIT = 10.0
@@ -53,9 +62,11 @@ class SamRecipe:
         learning_rate, weight_decay, betas, max_grad_norm: AdamW; the decay applies to matrices only.
         warmup_steps: steps of linear warm-up.
         decay_fraction: last part of the training in which the rate falls linearly to 0.
+        ema_decay: decay of the averaged weights, which are the ones that are evaluated and saved.
         attention: attention implementation while training; "eager" is twice as fast on a CPU.
         autocast: None or "bfloat16".
         log_every: steps between lines of the log.
+        eval_every: steps between evaluations on a quarter of the scenes.
         eval_scenes: scenes of the evaluation.
     """
 
@@ -73,9 +84,11 @@ class SamRecipe:
     max_grad_norm: float = 1.0
     warmup_steps: int = 50
     decay_fraction: float = 0.5
+    ema_decay: float = 0.99
     attention: str = "eager"
     autocast: str | None = None
     log_every: int = 50
+    eval_every: int = 250
     eval_scenes: int = 256
 
     @classmethod
@@ -98,19 +111,56 @@ class Prompts(NamedTuple):
 
 
 def build_sam(recipe: SamRecipe) -> SamModel:
-    """The untrained model; its decoder and prompts are initialised as the original's, not as transformers do it."""
+    """The untrained model of a recipe."""
     config = SamConfig(**recipe.model)
     config.vision_config.initializer_range = config.initializer_range
     model = SamModel(config)
-    # attention that starts from transformers' weights of 0.02 does not find the prompts within thousands of steps
-    for module in (*model.mask_decoder.modules(), *model.prompt_encoder.modules()):
-        init_torch_defaults(module)
-        init_prompt_encoder(module)
-    with torch.no_grad():
-        positions = model.prompt_encoder.shared_embedding.positional_embedding
-        model.shared_image_embedding.positional_embedding.copy_(positions)
+    init_for_short_training(model)
     model.set_attn_implementation(recipe.attention)
     return model
+
+
+@torch.no_grad()
+def init_for_short_training(model: SamModel) -> None:
+    """Initialise a SAM so that minutes are enough to learn where its prompts are.
+
+    From the weights of transformers (normal, 0.02) or of torch, masks are the same for all prompts of a picture after
+    a thousand steps: signals shrink in every layer of the decoder, and attention that is nearly uniform does not tell
+    positions apart. So projections keep the size of what they are given (normal, fan-in), those of queries and keys
+    between prompts and picture are equal, and places outweigh what is there: attention starts as a kernel that is
+    highest where both are at the same place. It does so with one or two heads; those of four are too narrow at a width
+    of 32. The table of positions is fixed, as in the original.
+    """
+    for module in model.vision_encoder.modules():
+        init_torch_defaults(module)
+    nn.init.normal_(model.vision_encoder.pos_embed, std=0.02)
+    for module in (*model.mask_decoder.modules(), *model.prompt_encoder.modules()):
+        init_prompt_encoder(module)
+        if isinstance(module, (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)):
+            # a transposed convolution of stride 2 reads each input channel once
+            inputs = len(module.weight) if isinstance(module, nn.ConvTranspose2d) else module.weight[0].numel()
+            nn.init.normal_(module.weight, std=inputs**-0.5)
+            nn.init.zeros_(module.bias)
+    encoder, transformer = model.prompt_encoder, model.mask_decoder.transformer
+    for labels in (*encoder.point_embed, encoder.not_a_point_embed, encoder.no_mask_embed):
+        labels.weight.mul_(LABEL_GAIN)
+    for module in (*transformer.layers.modules(), model.vision_encoder.neck.layer_norm2):
+        if isinstance(module, nn.LayerNorm):
+            nn.init.constant_(module.weight, NORM_GAIN)
+    between = [transformer.final_attn_token_to_image]
+    for layer in transformer.layers:
+        between += [layer.cross_attn_token_to_image, layer.cross_attn_image_to_token]
+    for attention in between:
+        _start_as_kernel(attention)
+    table = encoder.shared_embedding
+    model.shared_image_embedding.positional_embedding.copy_(table.positional_embedding)
+    for positions in (table, model.shared_image_embedding):
+        positions.requires_grad_(False)
+
+
+def _start_as_kernel(attention: SamAttention) -> None:
+    nn.init.orthogonal_(attention.q_proj.weight, gain=ATTENTION_GAIN)
+    attention.k_proj.weight.copy_(attention.q_proj.weight)
 
 
 def scene_regions(scenes: SceneBatch) -> torch.Tensor:
@@ -225,6 +275,7 @@ def train_sam(recipe: SamRecipe, output: str | Path, seed: int = 0, progress_bar
     output.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     model = build_sam(recipe).train()
+    average = copy.deepcopy(model).eval().requires_grad_(False)
     options = {"size": recipe.scene_size, "geometry": recipe.geometry}
     vocabulary = SceneVocabulary.by_name(recipe.vocabulary)
     # as for CLIP: even seeds are for training, odd ones for evaluation
@@ -239,6 +290,7 @@ def train_sam(recipe: SamRecipe, output: str | Path, seed: int = 0, progress_bar
             for group in optimizer.param_groups:
                 group["lr"] = recipe.learning_rate * factor
             losses.append(_train_step(model, optimizer, scenes, recipe, seed, step))
+            update_average(average, model, min(recipe.ema_decay, (1 + step) / (10 + step)))
             bar.update()
             if (step + 1) % recipe.log_every == 0 or step + 1 == recipe.steps:
                 bar.set_postfix(loss=f"{losses[-1]:.3f}")
@@ -250,13 +302,20 @@ def train_sam(recipe: SamRecipe, output: str | Path, seed: int = 0, progress_bar
                     "loss": sum(losses) / len(losses),
                 }
                 losses.clear()
-                if step + 1 == recipe.steps:
-                    held_out = SceneGenerator(vocabulary, seed=2 * seed + 1, **options)
-                    line |= evaluate_sam(model.eval(), held_out, recipe.eval_scenes)
+                if (step + 1) % recipe.eval_every == 0 or step + 1 == recipe.steps:
+                    count = recipe.eval_scenes // (1 if step + 1 == recipe.steps else 4)
+                    line |= evaluate_sam(average, SceneGenerator(vocabulary, seed=2 * seed + 1, **options), count)
                 log.write(json.dumps(line) + "\n")
                 log.flush()
-    model.save_pretrained(output)
+    average.save_pretrained(output)
     return line
+
+
+@torch.no_grad()
+def update_average(average: SamModel, model: SamModel, decay: float) -> None:
+    """Move the averaged weights towards the model's by the share 1 - decay."""
+    for slow, fast in zip(average.parameters(), model.parameters(), strict=True):
+        slow.lerp_(fast, 1 - decay)
 
 
 def _train_step(
@@ -269,7 +328,7 @@ def _train_step(
 ) -> float:
     generator = torch.Generator().manual_seed((seed * 1_000_003 + step) % 2**62)
     batch = scenes.render(step * recipe.batch_size, recipe.batch_size)
-    kind = PROMPTS[step % len(PROMPTS)]
+    kind = ROUND[step % len(ROUND)]
     points = int(torch.randint(1, NUM_POINTS + 1, (), generator=generator))
     prompts = draw_prompts(scene_regions(batch), recipe.prompts_per_scene, points, generator)
     with torch.autocast("cpu", torch.bfloat16) if recipe.autocast else nullcontext():
@@ -290,16 +349,20 @@ def evaluate_sam(model: SamModel, scenes: SceneGenerator, count: int, batch_size
 
     Returns:
         `things_{a,b,c}`, `stuff_{a,b,c}`, `iou`: of the mask that the model itself thinks best; `best_of_three`: of
-        the best mask; `box`: the same as `iou` from the region's box; `disc_things`, `disc_stuff`, `disc`: a disc
-        around the point in place of a model, as large as an average object; `prompts`: how many.
+        the best mask; `box`: the same as `iou` from the region's box, `mask`: from the point and a rough mask;
+        `disc`: a disc around the point in place of a model, as large as an average object; the last four also over
+        `_things` and `_stuff` alone; `prompts`: how many.
     """
-    columns: dict[str, list[torch.Tensor]] = {name: [] for name in ("iou", "best_of_three", "box", "disc", "classes")}
+    names = {"points": "iou", "box": "box", "mask": "mask"}
+    columns: dict[str, list[torch.Tensor]] = {
+        name: [] for name in (*names.values(), "best_of_three", "disc", "classes")
+    }
     generator = torch.Generator().manual_seed(scenes.seed)
     radius = _mean_object_radius(scenes)
     for batch in scenes.batches(batch_size, count):
         prompts = draw_prompts(scene_regions(batch), 4, 1, generator)
         targets = prompts.targets.flatten(0, 1)
-        for kind, name in (("points", "iou"), ("box", "box")):
+        for kind, name in names.items():
             logits, scores = ask(model, batch.images, prompts, kind)
             masks = F.interpolate(logits, targets.shape[-2:], mode="bilinear") > 0
             found = mask_iou(masks, targets[:, None])
@@ -310,11 +373,12 @@ def evaluate_sam(model: SamModel, scenes: SceneGenerator, count: int, batch_size
         x, y = prompts.points[:, :, 0].long().unbind(-1)
         columns["classes"].append(batch.label_maps[torch.arange(len(batch))[:, None], y, x].flatten().long())
     found = {name: torch.cat(parts) for name, parts in columns.items()}
-    figures = {name: float(found[name].mean()) for name in ("iou", "best_of_three", "box", "disc")}
-    classes = found["classes"]
+    classes = found.pop("classes")
+    figures = {name: float(values.mean()) for name, values in found.items()}
     for kind in ("things", "stuff"):
         of_kind = torch.isin(classes, torch.tensor(scenes.vocabulary.classes_of(TIERS, kind)))
-        figures[f"disc_{kind}"] = float(found["disc"][of_kind].mean())
+        for name in ("best_of_three", "box", "mask", "disc"):
+            figures[f"{name}_{kind}"] = float(found[name][of_kind].mean())
         for tier in TIERS:
             wanted = torch.isin(classes, torch.tensor(scenes.vocabulary.classes_of((tier,), kind)))
             if wanted.any():
