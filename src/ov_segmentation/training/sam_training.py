@@ -39,6 +39,8 @@ PROMPTS = ("points", "box", "mask")
 ROUND = ("points", "box", "points", "box", "mask")
 # at the start: of projections of queries and keys, of norms before them, of what the kind of a prompt adds to its place
 ATTENTION_GAIN, NORM_GAIN, LABEL_GAIN = 2.5, 0.3, 0.1
+# of the frequencies of places: the fewer there are, the lower they have to be
+TABLE_GAIN = 0.7
 FOCAL_WEIGHT, DICE_WEIGHT, IOU_WEIGHT = 20.0, 1.0, 1.0
 FOCAL_GAMMA = 2
 MASK_LOGIT = 10.0
@@ -153,6 +155,7 @@ def init_for_short_training(model: SamModel) -> None:
     for attention in between:
         _start_as_kernel(attention)
     table = encoder.shared_embedding
+    table.positional_embedding.mul_(TABLE_GAIN)
     model.shared_image_embedding.positional_embedding.copy_(table.positional_embedding)
     for positions in (table, model.shared_image_embedding):
         positions.requires_grad_(False)
