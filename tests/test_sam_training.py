@@ -27,6 +27,7 @@ from ov_segmentation.training.sam_training import (
     sam_loss,
     scene_regions,
 )
+from ov_segmentation.training.sam_training import train_sam as train_sam_model
 
 RECIPE = Path(__file__).resolve().parents[1] / "examples" / "recipes" / "sam_scenes.yaml"
 
@@ -81,6 +82,44 @@ def test_every_kind_of_prompt_changes_the_masks(kind: str, scenes) -> None:
     assert logits.shape == (6, 3, 64, 64) and scores.shape == (6, 3)
     differs = prompts.targets.flatten(0, 1).flatten(1).unique(dim=0)
     assert len(logits.flatten(1).unique(dim=0)) >= len(differs) > 1
+
+
+def test_untrained_attention_looks_where_the_prompt_is(scenes) -> None:
+    """Of the point's attention at the start, at least half is within a cell of it (3 x 3 of 16 x 16 cells)."""
+    torch.manual_seed(0)
+    model, seen = build_sam(SamRecipe.from_yaml(RECIPE)).eval(), []
+    transformer = model.mask_decoder.transformer
+    attentions = [layer.cross_attn_token_to_image for layer in transformer.layers]
+    for attention in (*attentions, transformer.final_attn_token_to_image):
+        attention.register_forward_hook(lambda _, __, output: seen.append(output[1]))
+    prompts = draw_prompts(scene_regions(scenes), 4, 1, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        ask(model, scenes.images, prompts, "points")
+    cells = (prompts.points[:, :, 0] / 6).flatten(0, 1).long()
+    rows, columns = torch.arange(256) // 16, torch.arange(256) % 16
+    near = ((columns - cells[:, :1]).abs() <= 1) & ((rows - cells[:, 1:]).abs() <= 1)
+    assert len(seen) == 3
+    for weights in seen:
+        # `[prompts, heads, tokens, cells]`; five tokens are SAM's own, the sixth is the point
+        assert (weights[:, 0, 5] * near).sum(-1).mean() > 0.5
+
+
+def test_the_table_of_positions_is_one_and_not_trained() -> None:
+    model = build_sam(SamRecipe.from_yaml(RECIPE))
+    ours, pictures = model.prompt_encoder.shared_embedding, model.shared_image_embedding
+    assert ours.positional_embedding is pictures.positional_embedding
+    assert not ours.positional_embedding.requires_grad
+
+
+@pytest.mark.slow
+def test_a_minute_teaches_it_what_prompts_are(tmp_path: Path) -> None:
+    """An eighth of the recipe: masks of objects from boxes and points are better than a disc in their place."""
+    recipe = SamRecipe.from_yaml(RECIPE, steps=250)
+    figures = train_sam_model(recipe, tmp_path, seed=1, progress_bar=False)
+    assert figures["box_things"] > figures["disc_things"]
+    assert figures["best_of_three_things"] > figures["disc_things"]
+    assert figures["mask_things"] > 0.6
+    assert figures["best_of_three_stuff"] > figures["disc_stuff"]
 
 
 def test_training_beats_no_training_and_the_command_records_it(tmp_path: Path) -> None:
