@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -74,6 +77,65 @@ def test_long_captions_phrases_and_singular_forms() -> None:
 def test_verbs_of_the_lexicon_are_nouns_where_only_nouns_can_stand(caption: str, phrases: list[str]) -> None:
     found = extract_nouns(caption, TAGGER, phrases=True)
     assert [phrase for phrase in found if phrase not in ("catch", "gray cloudy ground")] == phrases
+
+
+@pytest.fixture
+def nltk_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """NLTK with the data of a tagger that knows three words, and with no other data."""
+    import nltk
+
+    folder = tmp_path / "nltk" / "taggers" / "averaged_perceptron_tagger_eng"
+    folder.mkdir(parents=True)
+    tags = {"ball": "NN", "kids": "NNS", "a": "DT", "throw": "VBP"}
+    parts = {"weights": {"bias": {"IN": 1.0}}, "tagdict": tags, "classes": [*set(tags.values()), "IN"]}
+    for part, content in parts.items():
+        (folder / f"averaged_perceptron_tagger_eng.{part}.json").write_text(json.dumps(content))
+    monkeypatch.setattr(nltk.data, "path", [str(tmp_path / "nltk")])
+    nltk.tag._get_tagger.cache_clear()  # NLTK keeps the tagger that it has loaded
+    yield folder
+    nltk.tag._get_tagger.cache_clear()
+
+
+def test_nltk_where_its_data_is(nltk_data: Path) -> None:
+    name, tagger = find_tagger("nltk")
+    assert name == "nltk"
+    assert extract_nouns("KIDS throw a ball.", tagger) == ["kids", "ball"]
+    assert find_tagger()[0] == "nltk"  # the authors' choice comes first
+
+
+def test_nltk_without_its_data(nltk_data: Path) -> None:
+    for file in nltk_data.iterdir():
+        file.unlink()
+    nltk_data.rmdir()
+    with pytest.raises(ImportError, match=r"no data: python -m nltk\.downloader averaged_perceptron_tagger_eng"):
+        find_tagger("nltk")
+    assert find_tagger()[0] != "nltk"
+
+
+class SpacyModel:
+    """What is used of a spaCy pipeline."""
+
+    def __call__(self, caption: str) -> list[SimpleNamespace]:
+        tags = {"kids": "NNS", "ball": "NN"}
+        return [SimpleNamespace(text=word, tag_=tags.get(word, "IN")) for word in caption.split()]
+
+
+def test_spacy_where_a_model_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """spaCy is not installed here: a stand-in with the functions that are called, by their documented names."""
+    installed, loaded = ["de_core_news_sm", "en_core_web_sm"], []
+
+    def load(model: str, disable: list[str]) -> SpacyModel:
+        loaded.append(model)
+        return SpacyModel()
+
+    util = SimpleNamespace(get_installed_models=lambda: installed)
+    monkeypatch.setitem(sys.modules, "spacy", SimpleNamespace(util=util, load=load, __spec__="spacy"))
+    name, tagger = find_tagger("spacy")
+    assert (name, loaded) == ("spacy en_core_web_sm", ["en_core_web_sm"])
+    assert extract_nouns("Kids throw a ball", tagger) == ["kids", "ball"]
+    installed.remove("en_core_web_sm")
+    with pytest.raises(ImportError, match="no English model: python -m spacy download"):
+        find_tagger("spacy")
 
 
 def test_missing_taggers_say_how_to_get_them(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,6 +258,18 @@ def test_pictures_that_give_nothing(data: Path, parts: tuple[Any, Any]) -> None:
     assert nothing.counts["pictures_without_masks"] == 1
 
 
+def test_long_captions_and_long_nouns(data: Path, parts: tuple[Any, Any]) -> None:
+    """Two hundred words are read to the end; a name that CLIP's text tower cannot hold is cut, and the user told."""
+    options = MiningOptions(phrases=True, captions_per_image=3)
+    picture = SourcePictures(data, "train", options)[0].image
+    miner = PairMiner(*parts, options, TAGGER)
+    captions = ["A DOG AND " * 66 + "A CAT", "a " + "big " * 199 + "house", None]
+    with pytest.warns(UserWarning, match="are cut"):
+        found = miner.mine(picture, captions)
+    assert [pair["noun"] for pair in found.pairs] == ["dog", "cat", "big " * 199 + "house"]
+    assert found.counts["captions_without_nouns"] == 1
+
+
 def test_a_run_is_shared_and_continues(data: Path, parts: tuple[Any, Any], tmp_path: Path) -> None:
     options = MiningOptions()
     pictures = SourcePictures(data, "train", options)
@@ -261,6 +335,29 @@ def test_the_authors_table_and_class_folders(tmp_path: Path) -> None:
         assert pairs[0].crop.shape == (20, 30, 3)
     mixture = load_mask_pairs([tmp_path / "pairs.csv", tmp_path / "classes"])
     assert mixture.nouns == ["cup", "teapot, blue"]
+
+
+def test_a_mixture_has_the_shares_that_are_asked_for(tmp_path: Path) -> None:
+    """Table 8: two sources, interleaved; the same seed gives the same order."""
+    masked_picture(tmp_path / "a.png")
+    for name, number in (("many", 400), ("few", 100)):
+        lines = "".join(f"a.png\t{name}{index}\n" for index in range(number))
+        (tmp_path / f"{name}.csv").write_text(f"filepath\ttitle\n{lines}")
+    sources = [tmp_path / "many.csv", tmp_path / "few.csv"]
+
+    def nouns(**options: Any) -> list[str]:
+        return load_mask_pairs(sources, **options).rows["noun"][:]
+
+    assert sorted(nouns()) == sorted([f"many{i}" for i in range(400)] + [f"few{i}" for i in range(100)])
+    mixed = nouns(probabilities=[0.75, 0.25], seed=3)
+    assert len(mixed) > 250
+    assert sum(noun.startswith("many") for noun in mixed) / len(mixed) == pytest.approx(0.75, abs=0.06)
+    assert len(set(mixed)) == len(mixed)
+    assert mixed == nouns(probabilities=[0.75, 0.25], seed=3) != nouns(probabilities=[0.75, 0.25], seed=4)
+    with pytest.raises(ValueError, match=r"2 sources.*3 shares"):
+        nouns(probabilities=[0.5, 0.25, 0.25])
+    with pytest.raises(ValueError, match="add up to 1"):
+        nouns(probabilities=[0.5, 0.25])
 
 
 def test_bad_sources(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import re
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +13,14 @@ import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassClassValidationError
 from torch.nn.functional import batch_norm, interpolate
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import SwinConfig
 from transformers.models.swin.modeling_swin import SwinDropPath
 
 from ov_segmentation.conversion import ConversionError
 from ov_segmentation.conversion_maskformer import load_backbone_weights
 from ov_segmentation.layers.configuration_maskformer import MaskProposalConfig, ResNetCConfig
-from ov_segmentation.layers.mask_crops import cropped_masks, mask_boxes, masked_crops
+from ov_segmentation.layers.mask_crops import crop_for_clip, cropped_masks, mask_boxes, masked_crops
 from ov_segmentation.layers.maskformer import MaskProposalNetwork
 from ov_segmentation.layers.resnet_c import FrozenBatchNorm, ResNetC
 from ov_segmentation.layers.swin_backbone import SwinBackbone
@@ -47,6 +48,18 @@ def test_swin_drops_both_branches_of_every_block_in_training() -> None:
     backbone.train()(torch.randn(1, 3, 64, 64))
     rates = torch.linspace(0, 0.5, 5)[1:].tolist()  # the first block's rate is 0: it has nothing to drop
     assert calls == pytest.approx([rate for rate in rates for _branch in range(2)])
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_swin_block_whose_branches_are_dropped_passes_its_input_on(training: bool) -> None:
+    """Both residual branches: with one of them alone left, the output would differ."""
+    values = {k: v for k, v in TINY_SWIN.items() if k != "model_type"}
+    backbone = SwinBackbone(SwinConfig(**values, drop_path_rate=1 - 1e-6)).train(training)
+    block, states = backbone.model.swin.encoder.layers[3].blocks[-1], []
+    block.register_forward_hook(lambda _module, inputs, output: states.extend([inputs[0], output]))
+    backbone(torch.randn(1, 3, 64, 64))
+    before, after = (state[0] if isinstance(state, tuple) else state for state in states)
+    assert torch.equal(before, after) is training
 
 
 @pytest.mark.parametrize("size", [(64, 64), (96, 160), (72, 104)])
@@ -120,6 +133,32 @@ def test_masked_crops_equal_cropping_first_and_resizing_then(fill: torch.Tensor 
         torch.testing.assert_close(crop, expected, atol=1e-5, rtol=1e-5)
         nearest = interpolate(mask[None, None, y0:y1, x0:x1].float(), size=(24, 24), mode="nearest")[0, 0]
         assert torch.equal(small_mask, nearest.bool())
+
+
+class CountedOperations(TorchDispatchMode):
+    """Counts what PyTorch is asked to do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, operation, types, arguments=(), options=None):
+        self.names[str(operation)] += 1
+        return operation(*arguments, **(options or {}))
+
+
+def test_many_crops_are_as_many_operations_as_two() -> None:
+    """No loop over crops, boxes of different sizes included."""
+    counted = []
+    for number in (2, 30):
+        masks = torch.zeros(number, 40, 56, dtype=torch.bool)
+        for index in range(number):
+            masks[index, index : index + 5, 2 : 4 + index] = True
+        with CountedOperations() as operations:
+            crops, _ = crop_for_clip(torch.randn(3, 40, 56), masks, mask_boxes(masks, 1.5), 24, "zero")
+        assert len(crops) == number
+        counted.append(operations.names)
+    assert counted[0] == counted[1]
 
 
 def test_expanded_boxes_stay_on_the_picture() -> None:

@@ -28,7 +28,8 @@ def main(model_type: str, arguments: Sequence[str] | None = None) -> None:
     config, variant = _config(method, rules, options)
     tokenizer = _tokenizer(options.tokenizer, rules.DEFAULT_TOKENIZER)
     model = rules.convert(options.checkpoint, config, options.clip_checkpoint)
-    save_folder(method, model, image_processor_of(method, rules, config), options.output, tokenizer)
+    processors = image_processor_of(method, rules, config), tokenizer, prompt_templates_of(rules, config)
+    save_folder(method, model, *processors, options.output)
     history = History("converted", settings={"Checkpoint": options.checkpoint.name, "Variant": variant or "own size"})
     if not write_card(options.output, model_name=options.output.resolve().name, history=history):
         print(f"{options.output / CARD} was written or edited by somebody and stays as it is.")
@@ -116,12 +117,23 @@ def image_processor_of(method: Method, rules: ModuleType, config: PreTrainedConf
     return load_class(method.image_processor)(**({} if values_of is None else values_of(config)))
 
 
+def prompt_templates_of(rules: ModuleType, config: PreTrainedConfig) -> list[str] | None:
+    """The templates that the method's rules' `prompt_templates(config)`, if any, gives; None: the processor's own."""
+    templates_of = getattr(rules, "prompt_templates", None)
+    return None if templates_of is None else templates_of(config)
+
+
 def save_folder(
-    method: Method, model: PreTrainedModel, image_processor: Any, output: Path, tokenizer: Any | None
+    method: Method,
+    model: PreTrainedModel,
+    image_processor: Any,
+    tokenizer: Any | None,
+    prompt_templates: list[str] | None,
+    output: Path,
 ) -> None:
     """Write the model, and its processor, or its image processor alone when there is no tokenizer."""
     model.save_pretrained(output)
     if tokenizer is None:
         image_processor.save_pretrained(output)
     else:
-        load_class(method.processor)(image_processor, tokenizer).save_pretrained(output)
+        load_class(method.processor)(image_processor, tokenizer, prompt_templates).save_pretrained(output)

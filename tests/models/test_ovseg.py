@@ -8,21 +8,30 @@ import re
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
+import PIL.Image
 import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassClassValidationError
-from transformers import AutoImageProcessor, SwinConfig, SwinForImageClassification
+from transformers import AutoImageProcessor, AutoProcessor, SwinConfig, SwinForImageClassification
 
-from ov_segmentation import conversion_cli
+from ov_segmentation import (
+    AutoModelForOpenVocabularySegmentation,
+    OpenVocabularySegmentationPipeline,
+    conversion_cli,
+)
 from ov_segmentation.conversion import ConversionError
 from ov_segmentation.layers.mask_prompts import DeepPrompts, MaskPrompts
 from ov_segmentation.models.ovseg.convert_ovseg import VARIANTS, convert_adapted_clip
+from ov_segmentation.models.ovseg.image_processing_ovseg import OVSegImageProcessor
 from ov_segmentation.models.ovseg.modeling_ovseg import OVSegForOpenVocabularySegmentation
+from ov_segmentation.models.ovseg.processing_ovseg import OVSegProcessor
 from ov_segmentation.post_processing import post_process_semantic_segmentation
 from tests.mixins.conversion import FIXTURES, ConversionTesterMixin
 from tests.mixins.model import FromCLIPTesterMixin, ModelTesterMixin
 from tests.mixins.pipeline import PipelineTesterMixin
-from tests.tiny import tiny_clip_config
+from tests.parity.hparams import build
+from tests.tiny import TOKENIZER, tiny_clip_config
 
 SMALL = {
     "mask_config": {
@@ -155,6 +164,8 @@ class TestOVSeg(ModelTesterMixin, FromCLIPTesterMixin, PipelineTesterMixin):
         torch.nn.init.normal_(model.text_prompt.context, std=3.0)
         assert not torch.allclose(model.encode_vocabulary(**tokens), before, atol=1e-4)
         assert "text_prompt.context" in model.state_dict()
+        with pytest.raises(ValueError, match=r"bare names, not names in 2 templates.*prompt_templates"):
+            model.encode_vocabulary(**{name: ids.expand(-1, 2, -1) for name, ids in tokens.items()})
 
     def test_learned_text_prompt_of_another_model(self, tmp_path: Path) -> None:
         """SimBaseline's prompt is learned by DeOP's first stage; it is taken over, frozen."""
@@ -219,6 +230,37 @@ class TestOVSeg(ModelTesterMixin, FromCLIPTesterMixin, PipelineTesterMixin):
         (result,) = post_process_semantic_segmentation(outputs, return_confidence=True, resizes_mask_logits=False)
         assert result.segmentation.shape == self.picture_size
         assert result.confidence.isfinite().all()
+
+    def test_a_picture_without_proposals_among_others(self) -> None:
+        """It neither changes its neighbours' crops nor is changed by them."""
+        model = self.model()
+        masks = torch.cat([self.logits(), self.logits(9.0, 9.0), self.logits()])
+        self.propose(model, masks)
+        batch = self.run(model, batch=3)
+        inputs = self.pictures(3)
+        for index in range(3):
+            self.propose(model, masks[index : index + 1])
+            single = {name: value[index : index + 1] for name, value in inputs.items()}
+            with torch.no_grad():
+                found = model(**single, text_embeds=self.text(model))
+            torch.testing.assert_close(found.class_queries_scores[0], batch["class_queries_scores"][index])
+
+    @pytest.mark.parametrize("demo", [False, True])
+    def test_pipeline_on_a_picture_without_proposals(self, demo: bool) -> None:
+        """Every pixel still belongs to a name; with a threshold, the demo's pixels, which nothing covers, to none."""
+        model = self.model(demo_mode=demo, ensemble_weight=0.0 if demo else 0.7)
+        self.propose(model, self.logits())
+        image_processor = OVSegImageProcessor(size={"shortest_edge": 64, "longest_edge": 128})
+        processor = OVSegProcessor(image_processor, TOKENIZER, ["a photo of a {}."])
+        segment = OpenVocabularySegmentationPipeline(model, processor, device="cpu")
+        picture = PIL.Image.new("RGB", (40, 30), "red")
+        names = ["road", "sky"]
+        found = segment(picture, candidate_labels=names, output_type="map")
+        assert found["segmentation"].shape == (30, 40)
+        assert set(np.unique(found["segmentation"])) <= {0, 1}
+        if demo:
+            assert not any(found["scores"])
+            assert segment(picture, candidate_labels=names, threshold=0.1) == []
 
     def test_chunks_of_crops_change_nothing(self) -> None:
         model = self.model()
@@ -409,6 +451,27 @@ class TestOVSegConversion(ConversionTesterMixin):
         resnet.image_mean = [0.5, 0.25, 0.125]
         conversion_cli.image_processor_of(self.row, rules, resnet).save_pretrained(tmp_path)
         assert list(AutoImageProcessor.from_pretrained(tmp_path).image_mean) == [0.5, 0.25, 0.125]
+
+    def test_simbaseline_from_the_command_line(self, tmp_path: Path) -> None:
+        """Its learned prompt takes bare names: the folder has no templates. The VOC variant is refused by name."""
+        case = FIXTURES / "deop" / "simbaseline_case"
+        config = build("ovseg", json.loads((case / "hparams.json").read_text()))[0]
+        config.save_pretrained(tmp_path / "config")
+        TOKENIZER.save_pretrained(tmp_path / "tokenizer")
+        given = ["--config", str(tmp_path / "config" / "config.json"), "--tokenizer", str(tmp_path / "tokenizer")]
+        given += ["--output", str(tmp_path / "out")]
+        conversion_cli.main("ovseg", ["--checkpoint", str(case / "original.pth"), *given])
+        processor = AutoProcessor.from_pretrained(tmp_path / "out")
+        assert processor.prompt_templates == ["{}"]
+        model = AutoModelForOpenVocabularySegmentation.from_pretrained(tmp_path / "out")
+        assert model.text_prompt.context.any() and not model.config.demo_mode
+        content = torch.load(case / "original.pth", weights_only=True)
+        content["model"]["_region_clip_adapter.clip_model.logit_scale"] = torch.zeros(())
+        voc = self.saved(content, tmp_path / "voc.pth")
+        with pytest.raises(ConversionError, match="VOC variant with two prompt learners"):
+            conversion_cli.main("ovseg", ["--checkpoint", str(voc), *given])
+        with pytest.raises(ConversionError, match="VOC variant with two prompt learners"):  # also when none is named
+            conversion_cli.main("ovseg", ["--checkpoint", str(voc), *given[2:]])
 
     def test_an_adapted_clip_replaces_the_checkpoints(self, tmp_path: Path) -> None:
         """As open_clip's training writes it: `module.` in front of the names, and states of other things."""

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -109,9 +110,18 @@ def load_mask_pairs(
 
     Raises:
         FileNotFoundError: no such table or folder, or a picture that a table names is missing.
-        ValueError: a source without pairs, or with other columns.
+        ValueError: a source without pairs, or with other columns; shares that do not fit the sources.
     """
     sources = [sources] if isinstance(sources, (str, Path)) else list(sources)
+    if not sources:
+        raise ValueError("There is no source of pairs: give at least one.")
+    if probabilities is not None:
+        if len(probabilities) != len(sources):
+            raise ValueError(
+                f"There are {len(sources)} sources of pairs, but {len(probabilities)} shares of a mixture."
+            )
+        if min(probabilities) <= 0 or not math.isclose(sum(probabilities), 1, abs_tol=1e-6):
+            raise ValueError(f"The shares of a mixture are positive and add up to 1, got {list(probabilities)}.")
     parts = [_read(source, split) for source in sources]
     if len(parts) == 1:
         rows = parts[0]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -96,6 +97,19 @@ class LearnedPromptMixin:
                 f"takes {found}: it has to be learned around the same CLIP."
             )
         own.copy_(context)
+
+    def encode_vocabulary(self, input_ids: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
+        """As the base class has it, of bare names where the prompt is learned.
+
+        Raises:
+            ValueError: several texts a name, which can only come from templates.
+        """
+        if self.text_prompt is not None and input_ids.shape[1] > 1:
+            raise ValueError(
+                f"The text prompt of this {type(self).__name__} is learned: it takes bare names, not names in "
+                f'{input_ids.shape[1]} templates. Give its processor prompt_templates=["{{}}"].'
+            )
+        return super().encode_vocabulary(input_ids, *arguments, **options)
 
     def _text_parameters(self) -> list[nn.Parameter]:
         own = [] if self.text_prompt is None else [self.text_prompt.context]

@@ -32,7 +32,7 @@ def simbaseline_coco156() -> OVSegConfig:
     """SimBaseline on the 156 seen classes of COCO-Stuff, with a learned text prompt."""
     return OVSegConfig(
         clip_config=VIT_B_16,
-        mask_config=RESNET_101C,
+        mask_config={"backbone_config": {**RESNET_101C["backbone_config"], "frozen_stages": 0}},
         mask_threshold=0.5,
         prompt_type="none",
         num_context_vectors=16,
@@ -53,6 +53,11 @@ def image_processor_values(config: OVSegConfig) -> dict[str, Any]:
     small = resnet and config.num_context_vectors == 0  # SimBaseline's ResNet, with a learned prompt, is tested at 640
     size = {"shortest_edge": 512, "longest_edge": 2048} if small else {"shortest_edge": 640, "longest_edge": 2560}
     return {"size": size, "image_mean": list(config.image_mean), "image_std": list(config.image_std)}
+
+
+def prompt_templates(config: OVSegConfig) -> list[str] | None:
+    """Bare names where the text prompt is learned; None: OVSeg's 14 templates."""
+    return ["{}"] if config.num_context_vectors else None
 
 
 MASK_PROMPTS = "visual_prompts.embedding"
