@@ -171,6 +171,15 @@ VALUES: dict[str, Value] = (
             "memory.jsonl", "figures.peak_mib", gibibytes, {"method": "esc_net", "classes": 847, "switches": {}}
         ),
         "scenes_made_up_names": Value("scenes.jsonl", "figures.random_miou", percent, {"name": "san_scenes"}),
+        **{
+            f"sam_{name}": Value(
+                "foundations.jsonl", f"figures.{figure}", percent, {"method": "sam", "name": "sam_scenes"}
+            )
+            for name, figure in {"point": "iou", "box": "box", "mask": "mask", "disc": "disc"}.items()
+        },
+        "sam_minutes": Value(
+            "foundations.jsonl", "figures.cpu_seconds", minutes, {"method": "sam", "name": "sam_scenes"}
+        ),
         "esc_net_parameters": Value("counts.jsonl", "figures.parameters", millions, LARGE_ESC_NET),
         "esc_net_view": Value("counts.jsonl", "figures.multiply_adds_of_a_view", billions, LARGE_ESC_NET),
         "esc_net_views": Value("counts.jsonl", "figures.multiply_adds_of_five_views", billions, LARGE_ESC_NET),

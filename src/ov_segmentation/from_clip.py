@@ -45,4 +45,5 @@ class FromCLIPMixin:
         values = {"clip_config": clip_config, "clip_stem": clip_stem, **cls.config_for_clip(clip_config), **config}
         model = cls(cls.config_class(**values))
         model.clip.load_state_dict(clip.state_dict())
-        return model
+        # CLIP's part has the type that CLIP's configuration names
+        return model.float()

@@ -481,6 +481,12 @@ class FromCLIPTesterMixin:
         assert trained
         self.run(model.eval())
 
+    def test_from_clip_is_in_float32_around_a_clip_of_half_precision(self, tmp_path: Path) -> None:
+        self.clip().bfloat16().save_pretrained(tmp_path)
+        model = self.model_class.from_clip(tmp_path, **self.clip_values).eval()
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+        self.run(model)
+
     def test_from_clip_keeps_a_convolutional_stem(self, tmp_path: Path) -> None:
         config = CLIPConfig.from_dict(tiny_clip_config(image_size=self.clip_pixels))
         config.clip_stem = {"hidden_sizes": [8, 16, 32], "depths": [1, 1, 1], "num_groups": 4}
