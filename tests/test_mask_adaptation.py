@@ -14,34 +14,24 @@ import pytest
 import torch
 from datasets import Dataset, Features
 from PIL import Image as PILImage
+from pyarrow import parquet
 from torch.nn.functional import cross_entropy, interpolate
 
+from examples.mine_mask_pairs import main as mine
 from examples.ovseg_on_scenes import main as on_scenes
 from examples.train_mask_adapted_clip import main as command_line
 from ov_segmentation import AutoModelForOpenVocabularySegmentation
 from ov_segmentation.data.mask_pairs import MaskPair, load_mask_pairs, mask_picture, pair_features
-from ov_segmentation.models.ovseg.convert_ovseg import VARIANTS
 from ov_segmentation.models.ovseg.image_processing_ovseg import OVSegImageProcessor
-from ov_segmentation.models.ovseg.modeling_ovseg import OVSegForOpenVocabularySegmentation
 from ov_segmentation.models.ovseg.processing_ovseg import OVSegProcessor
 from ov_segmentation.strict_mapping import RecipeError, from_mapping
-from ov_segmentation.training.adaptation_recipe import AdaptationRecipe, load_adaptation_recipe
-from ov_segmentation.training.mask_adaptation import (
-    CropSample,
-    MaskAdaptation,
-    adapt,
-    crop_inputs,
-    prepare_prompts,
-    random_box,
-)
-from ov_segmentation.training.optimization import parameter_settings
-from ov_segmentation.training.recipe import load_recipe
+from ov_segmentation.training.adaptation_recipe import AdaptationRecipe
+from ov_segmentation.training.crop_samples import CropSample, crop_inputs, random_box
+from ov_segmentation.training.mask_adaptation import MaskAdaptation, adapt, prepare_prompts
 from tests.models.test_ovseg import TestOVSeg as Tiny
 from tests.tiny import TOKENIZER
 
 ROOT = Path(__file__).parents[1]
-RECIPES = ROOT / "examples" / "recipes"
-SWIN, RESNET = "ovseg_swinbase_vitL14_ft_mpt", "ovseg_R101c_vitB16_ft_mpt"
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220)}
 TRAINED = "clip.vision_model.encoder.layers.0.mlp.fc1.weight"
 
@@ -53,7 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     image_processor = OVSegImageProcessor(size={"shortest_edge": 32, "longest_edge": 64})
     Tiny().model().save_pretrained(folder / "model")
     OVSegProcessor(image_processor, TOKENIZER, ["a photo of a {}."]).save_pretrained(folder / "model")
-    random, rows = np.random.default_rng(0), {"image": [], "mask": [], "noun": []}
+    random, rows = np.random.default_rng(0), {"image": [], "mask": [], "noun": [], "caption": []}
     for index in range(12):
         noun = list(COLOURS)[index % 3]
         picture = random.integers(0, 40, (20, 26, 3)) + np.array(COLOURS[noun]) - 20
@@ -62,6 +52,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         rows["image"].append(PILImage.fromarray(picture.clip(0, 255).astype(np.uint8)))
         rows["mask"].append(mask_picture(mask))
         rows["noun"].append(noun)
+        rows["caption"].append(f"a {noun} car" if index else "")
     features = Features({name: pair_features()[name] for name in rows})
     Dataset.from_dict(rows, features=features).save_to_disk(str(folder / "pairs"))
     return folder
@@ -165,11 +156,15 @@ def test_equal_nouns_may_be_left_out() -> None:
 
 WORKER = """
 import os, sys, torch
+from pathlib import Path
 from torch import distributed
 from torch.nn.parallel import DistributedDataParallel
-from tests.test_mask_adaptation import module_and_inputs
+from examples.mine_mask_pairs import main as mine
+from ov_segmentation.training.mask_adaptation import adapt
+from tests.test_mask_adaptation import module_and_inputs, mining_command, recipe
 torch.set_num_threads(1)
-distributed.init_process_group("gloo")
+folder, out = Path(sys.argv[2]), Path(sys.argv[1])
+mine(mining_command(folder, out / "mined"))
 rank = distributed.get_rank()
 for mode in (True, False):
     module, inputs = module_and_inputs(gather_with_gradient=mode)
@@ -181,16 +176,23 @@ for mode in (True, False):
         torch.save({"loss": outputs.loss.detach(), "gradients": gradients}, f"{sys.argv[1]}/{mode}.pt")
     distributed.barrier()
     del wrapped
-distributed.destroy_process_group()
+adapt(recipe(folder, steps=3), out / "run")
 """
 
 
-def test_two_processes_equal_one(tmp_path: Path) -> None:
+def mining_command(folder: Path, output: Path) -> list[str]:
+    """Pairs of a picture each; the pictures are the crops that pairs are made of elsewhere."""
+    places = ["--model", str(folder / "model"), "--data", str(folder / "pairs"), "--output", str(output)]
+    return [*places, "--tagger", "textblob", "--shard-size", "1", "--cpu"]
+
+
+def test_two_processes_equal_one(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """The loss and its gradients; a whole run with its evaluation; and mining, which shares its shards."""
     environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}", "OMP_NUM_THREADS": "1"}
     (tmp_path / "worker.py").write_text(WORKER)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = subprocess.run(
-        [*command, str(tmp_path / "worker.py"), str(tmp_path)],
+        [*command, str(tmp_path / "worker.py"), str(tmp_path), str(folder)],
         cwd=ROOT,
         env=environment,
         capture_output=True,
@@ -208,6 +210,30 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
                 # the temperature takes no part in the gathering
                 expected = parameter.grad * (1.0 if name == "clip.logit_scale" else factor)
                 torch.testing.assert_close(found["gradients"][name], expected, rtol=1e-3, atol=1e-5, msg=name)
+
+    result = adapt(recipe(folder, steps=3), tmp_path / "alone")
+    lines, others = (
+        [json.loads(line) for line in (tmp_path / run / "log.jsonl").read_text().splitlines()]
+        for run in ("alone", "run")
+    )
+    assert [line["step"] for line in others] == [line["step"] for line in lines]
+    for line, other in zip(lines, others, strict=True):
+        assert other == pytest.approx(line, rel=1e-3)
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["crops"] == result["crops"] == 12
+
+    capsys.readouterr()
+    mine(mining_command(folder, tmp_path / "mined alone"))
+    counts = json.loads(capsys.readouterr().out)
+    assert (counts["shards"], counts["captions_without_nouns"], counts["pairs"]) == (12, 1, 11)
+    printed = done.stdout[done.stdout.index("{") :]
+    assert json.JSONDecoder().raw_decode(printed)[0] == counts
+    shared, alone = (
+        [row for file in sorted((tmp_path / name / "data").iterdir()) for row in parquet.read_table(file).to_pylist()]
+        for name in ("mined", "mined alone")
+    )
+    # the last bit of a cosine depends on the names that a process has embedded together
+    assert [row.pop("score") for row in shared] == pytest.approx([row.pop("score") for row in alone], abs=1e-5)
+    assert shared == alone
 
 
 # ---------------------------------------------------------------------- runs
@@ -296,55 +322,6 @@ def test_nouns_of_the_evaluation_must_be_class_names(folder: Path, tmp_path: Pat
     data = {"sources": [str(folder / "pairs")], "evaluation": str(folder / "pairs"), "class_names": ["red", "green"]}
     with pytest.raises(ValueError, match=r"no class names.*blue"):
         adapt(recipe(folder, data=data, steps=1), tmp_path)
-
-
-def released(variant: str) -> OVSegForOpenVocabularySegmentation:
-    with torch.device("meta"):
-        return OVSegForOpenVocabularySegmentation(VARIANTS[variant]())
-
-
-def decayed(module: torch.nn.Module, optimizer: Any) -> dict[str, bool]:
-    """Trained parameter -> whether it decays."""
-    names = [name for name, p in module.named_parameters() if p.requires_grad]
-    return {name: decay > 0 for name, (_, decay) in parameter_settings(names, optimizer).items()}
-
-
-@pytest.mark.parametrize(("name", "variant"), [("ft_vit_l", SWIN), ("ft_vit_b", RESNET), ("mpt_vit_l", SWIN)])
-def test_shipped_adaptation_recipes(name: str, variant: str) -> None:
-    found = load_adaptation_recipe(RECIPES / f"ovseg_clip_{name}.yaml")
-    assert found.steps * found.batch_size == pytest.approx(5 * 442_117, rel=0.01)
-    model = released(variant)
-    prompts = model.visual_prompts if found.prompts.use == "trained" else None
-    module = MaskAdaptation(model.clip, prompts, found.train_clip, found.prompts.use == "trained")
-    decays, shapes = decayed(module, found.optimizer), dict(module.named_parameters())
-    if prompts is None:  # one-dimensional parameters and the temperature do not decay
-        assert all(decay == (shapes[name].ndim > 1) for name, decay in decays.items())
-    else:
-        assert decays == {"clip.logit_scale": False, "visual_prompts.embedding": False}
-
-
-@pytest.mark.parametrize(
-    ("name", "variant"),
-    [("ovseg_swin_b_coco", SWIN), ("ovseg_r101c_coco", RESNET), ("simbaseline_r101c_coco156", "simbaseline_coco156")],
-)
-def test_shipped_recipes(name: str, variant: str) -> None:
-    """Norms, queries and tables of relative positions do not decay; biases and "no object" do."""
-    found = load_recipe(RECIPES / f"{name}.yaml")
-    model = released(variant)
-    norms = {
-        f"{name}.{kind}"
-        for name, module in model.named_modules()
-        if isinstance(module, (torch.nn.LayerNorm, torch.nn.GroupNorm))
-        for kind in ("weight", "bias")
-    }
-    for parameter, decays in decayed(model, found.optimizer).items():
-        free = parameter in norms or "query_embedding" in parameter or "relative_position_bias" in parameter
-        assert decays != free, parameter
-
-
-def test_recipes_of_the_scenes() -> None:
-    assert load_recipe(RECIPES / "ovseg_scenes.yaml").model.model_type == "ovseg"
-    assert load_adaptation_recipe(RECIPES / "ovseg_scenes_clip.yaml").equal_nouns == "ignored"
 
 
 def test_command_line_says_what_is_wrong(folder: Path, tmp_path: Path) -> None:

@@ -161,6 +161,15 @@ def test_many_crops_are_as_many_operations_as_two() -> None:
     assert counted[0] == counted[1]
 
 
+@pytest.mark.parametrize("fill", ["mean", "zero", "none"])
+def test_crops_are_made_where_the_picture_is(fill: str) -> None:
+    """A tensor made on the processor would not go together with those of another device."""
+    picture, masks = torch.empty(3, 40, 56, device="meta"), torch.empty(4, 40, 56, dtype=torch.bool, device="meta")
+    crops, crop_masks = crop_for_clip(picture, masks, mask_boxes(masks, 1.5), 24, fill)
+    assert (crops.device.type, crop_masks.device.type) == ("meta", "meta")
+    assert (crops.shape, crop_masks.shape) == ((4, 3, 24, 24), (4, 24, 24))
+
+
 def test_expanded_boxes_stay_on_the_picture() -> None:
     masks = torch.zeros(2, 20, 30, dtype=torch.bool)
     masks[0, 8:12, 10:20] = True

@@ -21,6 +21,17 @@ from ..layers.mask_crops import mask_boxes
 from .mask_pairs import mask_picture
 from .nouns import Tagger, extract_nouns
 
+COUNTS = (
+    "pictures",
+    "pictures_without_masks",
+    "captions",
+    "captions_without_nouns",
+    "nouns",
+    "pairs",
+    "pairs_below_min_score",
+)
+"""What is counted of every picture, zeros too; captions only where nouns come from them."""
+
 
 @dataclass(frozen=True)
 class MiningOptions:
@@ -109,7 +120,7 @@ class PairMiner:
             captions: of the picture; empty ones and ones without nouns are counted and give no pair.
             label_map: int `[H, W]` of class ids, negative where ignored; only where masks or nouns need it.
         """
-        counts: Counter = Counter(pictures=1)
+        counts: Counter = Counter(dict.fromkeys(COUNTS, 0), pictures=1)
         maps = {} if label_map is None else {"segmentation_maps": [label_map], "ignore_index": IGNORED}
         inputs = self.processor(images=image, return_tensors="pt", **maps)
         labels = None if label_map is None else inputs.pop("labels")[0]
