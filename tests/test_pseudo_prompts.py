@@ -63,6 +63,30 @@ def test_agrees_with_scikit_learn() -> None:
         assert (labels[~mask] == -1).all()
 
 
+def test_agrees_with_scikit_learn_on_the_grid_where_nothing_is_equally_near() -> None:
+    """On the pixels and in the precision of the model: all masks in which no pixel is ever equally far from two
+    centres, which would leave the choice to rounding."""
+    pixels, masks = PIXELS.float(), random_masks(200)
+    starts, valid = farthest_points(pixels, masks, masks.int().argmax(dim=1), 5)
+    found = kmeans(pixels, masks, starts, valid, 10)
+    compared = 0
+    for mask, start, labels, centres in zip(masks, starts.double(), found.labels, found.centres.double(), strict=True):
+        inside = PIXELS[mask].numpy()
+        if any(_some_pixel_is_equally_near(inside, by_hand(inside, start.numpy(), step)[1]) for step in range(11)):
+            continue
+        compared += 1
+        reference = KMeans(5, init=start.numpy(), n_init=1, max_iter=10, tol=0, algorithm="lloyd").fit(inside)
+        distances = ((inside[:, None] - centres.numpy()) ** 2).sum(axis=2)
+        assert distances.min(axis=1).sum() == pytest.approx(reference.inertia_, rel=1e-9)
+        np.testing.assert_array_equal(labels[mask].numpy(), reference.labels_)
+    assert compared >= 30
+
+
+def _some_pixel_is_equally_near(pixels: np.ndarray, centres: np.ndarray) -> bool:
+    nearest, second = np.sort(((pixels[:, None] - centres) ** 2).sum(axis=2), axis=1)[:, :2].T
+    return bool((second - nearest < 1e-9).any())
+
+
 @pytest.mark.parametrize("iterations", [0, 1, 10])
 def test_agrees_with_the_algorithm_by_hand(iterations: int) -> None:
     """From the start that the model uses, ties included."""

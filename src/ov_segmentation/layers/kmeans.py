@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import torch
 
+from ..precision import full_precision
+
 # labels are uint8 on the way
 MAX_CLUSTERS = 255
 # label of the pixels outside of a mask
@@ -94,7 +96,7 @@ def kmeans(
     # infinitely far from everything
     centres = centres.masked_fill(~valid[..., None], torch.inf)
     # autocast would run the sums over pixels, a matrix product, in half precision
-    with torch.autocast(masks.device.type, enabled=False):
+    with full_precision(masks):
         for _ in range(iterations):
             members = (nearest(centres)[:, None] == clusters).to(coordinates.dtype)
             sums, counts = (members @ with_one).split((2, 1), dim=2)
