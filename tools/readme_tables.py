@@ -141,6 +141,7 @@ TABLES: dict[str, LedgerTable | MethodTable | MethodText] = {
 
 # of ESC-Net, as its paper counts it
 LARGE_ESC_NET = {"method": "esc_net", "variant": "vit_l_14_336", "classes": 150}
+UNCHUNKED_ESC_NET = {"method": "esc_net", "classes": 847, "against": {"class_chunk_size": None}}
 # switches of a run in which no class is rejected
 ALL_CLASSES = {"max_classes": None}
 
@@ -170,6 +171,8 @@ VALUES: dict[str, Value] = (
         "esc_net_memory": Value(
             "memory.jsonl", "figures.peak_mib", gibibytes, {"method": "esc_net", "classes": 847, "switches": {}}
         ),
+        "esc_net_memory_unchunked": Value("memory.jsonl", "figures.peak_mib_against", gibibytes, UNCHUNKED_ESC_NET),
+        "esc_net_chunk_difference": Value("memory.jsonl", "figures.largest_difference", scientific, UNCHUNKED_ESC_NET),
         "scenes_made_up_names": Value("scenes.jsonl", "figures.random_miou", percent, {"name": "san_scenes"}),
         **{
             f"sam_{name}": Value(

@@ -12,6 +12,7 @@ from huggingface_hub.errors import StrictDataclassClassValidationError
 from torch.nn import functional as F
 from transformers import CLIPConfig, SamConfig, SamModel
 
+from benchmarks import count_esc_net
 from ov_segmentation.data.augmentation import build_augmentations
 from ov_segmentation.layers.linear_attention import TextClassAttention
 from ov_segmentation.layers.pseudo_prompts import PseudoPrompts, generate_pseudo_prompts
@@ -720,6 +721,28 @@ def test_published_sizes() -> None:
     assert (base.image_size, tuple(base.skip_layers), base.grid_size) == (384, (3, 7), 24)
     assert base.sam_config.prompt_encoder_config.image_embedding_size == 24
     assert config.sam_config.prompt_encoder_config.image_size == 336
+
+
+def test_counts_stand_part_by_part_beside_the_papers(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    """What the command prints of ViT-L/14: with 150 classes, the sheet expects at most about 650 G for a view."""
+    sizes = count_esc_net.configurations()
+    monkeypatch.setattr(count_esc_net, "configurations", lambda: {"vit_l_14_336": sizes["vit_l_14_336"]})
+    monkeypatch.setattr("sys.argv", ["count_esc_net.py"])
+    count_esc_net.main()
+    printed = capsys.readouterr().out
+    rows = re.findall(r"^  (\w.*?) +([\d.]+) M +([\d.]+) G$", printed, flags=re.MULTILINE)
+    counts = {name: (float(parameters), float(operations)) for name, parameters, operations in rows}
+    paper, whole = counts.pop("paper (five views, most likely)"), counts.pop("all")
+    assert paper == (451.3, 2203.5)
+    assert "438 to 443 M   at most about 650 G" in printed
+    assert set(counts) == {*count_esc_net.PARTS.values(), "rest"}
+    for column in (0, 1):
+        assert sum(count[column] for count in counts.values()) == pytest.approx(whole[column], abs=0.5)
+    assert counts["rest"][0] == 0 and counts["rest"][1] < 1
+    assert 437.5 < whole[0] < 443 and whole[1] < 650
+    assert float(re.search(r"5 views +([\d.]+) G", printed)[1]) == pytest.approx(5 * whole[1], abs=0.5)
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("esc_net_*.yaml")), ids=lambda path: path.stem)
