@@ -22,6 +22,7 @@ from ov_segmentation.models.deop.image_processing_deop import DeOPImageProcessor
 from ov_segmentation.models.deop.modeling_deop import DeOPForOpenVocabularySegmentation
 from ov_segmentation.models.deop.plain_clip import TRAINING_FREE
 from ov_segmentation.models.deop.processing_deop import DeOPProcessor
+from ov_segmentation.models.deop.severed_clip import VisualPrompts, severed_clip_tokens
 from ov_segmentation.pipeline import TASK
 from tests.mixins.conversion import ConversionTesterMixin
 from tests.mixins.model import FromCLIPTesterMixin, ModelTesterMixin
@@ -171,6 +172,24 @@ class TestDeOP(ModelTesterMixin, FromCLIPTesterMixin, PipelineTesterMixin):
         attention = layer.self_attn
         own = attention.out_proj(attention.v_proj(layer.layer_norm1(tokens)))
         torch.testing.assert_close(halves[2], tokens + own)
+        with torch.no_grad():
+            severed_block(layer, tokens, "identity", residual_scale=0.2)
+        torch.testing.assert_close(halves[-1], 0.2 * tokens + own)
+
+    def test_prepended_prompts_stand_between_class_token_and_patches(self) -> None:
+        """Table 7: they take part in every block, have no position, and are no part of the map."""
+        model = self.model(visual_prompts="prepended", num_prepended_prompts=3)
+        prompts, vision = model.visual_prompts, model.clip.vision_model
+        arguments = (model.config, self.pictures(2)["pixel_values"], torch.rand(2, 5, 8, 8))
+        with torch.no_grad():
+            (first, *_), grid, leading = severed_clip_tokens(vision, prompts, *arguments)
+            plain = VisualPrompts(self.config(visual_prompts="none"))
+            (expected, *_), _, _ = severed_clip_tokens(vision, plain, *arguments)
+            assert (grid, leading) == ((8, 8), 4)
+            torch.testing.assert_close(first[:, :1], expected[:, :1])
+            torch.testing.assert_close(first[:, 1:4], vision.pre_layrnorm(prompts.tokens).expand(2, -1, -1))
+            torch.testing.assert_close(first[:, 4:], expected[:, 1:])
+            assert model.clip_map(arguments[1], torch.zeros(2, 5, 8, 8)).shape == (2, 16, 8, 8)
 
     def test_severed_patches_do_not_see_each_other(self) -> None:
         """With every block severed and no masks in it, a patch's feature depends on its own pixels alone."""
@@ -299,6 +318,18 @@ class TestDeOP(ModelTesterMixin, FromCLIPTesterMixin, PipelineTesterMixin):
         for outputs in found:
             assert outputs.class_queries_logits.shape == (1, 4, 4)
             torch.testing.assert_close(outputs.class_queries_logits, found[0].class_queries_logits, atol=2, rtol=0.1)
+
+    def test_masks_are_pooled_where_they_are(self) -> None:
+        """Against means by hand: stripes of two columns of patches each, whatever their resolution."""
+        model = self.model(pooling="mask", severance="identity")
+        with torch.no_grad():
+            text = self.text(model)
+            clip_map = model.clip_map(self.pictures()["pixel_values"], torch.zeros(1, 4, 8, 8))[0]
+            means = torch.stack([clip_map[:, :, 2 * i : 2 * i + 2].mean(dim=(1, 2)) for i in range(4)])
+            expected = model.class_logits(means, text)
+            for size in ((8, 8), (16, 32), (64, 64)):
+                found = model(**self.pictures(), text_embeds=text, proposals=self.own_masks(4, size))
+                torch.testing.assert_close(found.class_queries_logits[0], expected, atol=1e-3, rtol=1e-4)
 
     @pytest.mark.parametrize("severance", ["identity", "mask_gain", "mask_guided"])
     def test_zero_proposals(self, severance: str) -> None:
@@ -533,8 +564,9 @@ def test_auto_class_passes_options_on(clip_folder: Path) -> None:
 
 
 def test_pipeline_takes_a_plain_clip(clip_folder: Path, tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match="plain CLIP"):
+    with pytest.warns(UserWarning, match="plain CLIP") as caught:
         segment = pipeline(TASK, model=str(clip_folder), device="cpu")
+    assert len([one for one in caught if "plain CLIP" in str(one.message)]) == 1
     processor = segment.processor
     assert type(processor) is DeOPProcessor
     assert len(processor.prompt_templates) == 14

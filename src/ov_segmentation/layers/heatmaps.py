@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from transformers import initialization as init
 from transformers.models.maskformer.configuration_maskformer import MaskFormerDetrConfig
 from transformers.models.maskformer.modeling_maskformer import (
     MaskFormerDetrDecoderLayer,
@@ -18,6 +19,7 @@ from transformers.models.maskformer.modeling_maskformer import (
 )
 
 from .attention import split_heads
+from .initialization import init_torch_defaults
 
 
 class Anchors(NamedTuple):
@@ -171,3 +173,26 @@ class ConvolutionalHeatmapDecoder(nn.Module):
         scores = self.layers[-1](hidden).flatten(2).unflatten(1, (self.num_heatmaps, -1))
         heatmaps = self.dropout(scores.softmax(dim=-1)) * masks.flatten(2)[:, None]
         return Anchors(heatmaps, pool_by_heatmaps(features.flatten(2).transpose(1, 2), heatmaps))
+
+
+@torch.no_grad()
+def init_heatmap_weights(module: nn.Module) -> None:
+    """Initial weights of either decoder; any other module is left as it is.
+
+    The framework's defaults, as in the original: Xavier for the packed queries, keys and values of attention, whose
+    three blocks count as one matrix, and no bias; PyTorch's own for the rest; N(0, 1) for the queries.
+    """
+    if isinstance(module, ConvolutionalHeatmapDecoder):
+        for layer in module.layers:
+            init_torch_defaults(layer)
+    elif isinstance(module, HeatmapDecoder):
+        init.normal_(module.query_embedding.weight)
+        for name, part in module.named_modules():
+            if not isinstance(part, nn.Linear):
+                continue
+            if name.endswith(("q_proj", "k_proj", "v_proj", "_projection")):
+                init.xavier_uniform_(part.weight, gain=0.5**0.5)
+            else:
+                init_torch_defaults(part)
+            if "attn" in name or name.endswith("_projection"):
+                init.zeros_(part.bias)

@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.functional import interpolate, normalize
-from transformers import CLIPConfig, CLIPModel, CLIPProcessor
+from transformers import CLIPConfig, CLIPModel
 from transformers import initialization as init
 
 from ...conversion_maskformer import load_backbone_weights
-from ...layers.heatmaps import ConvolutionalHeatmapDecoder, HeatmapDecoder, pool_by_masks
-from ...layers.initialization import init_torch_defaults
+from ...layers.heatmaps import ConvolutionalHeatmapDecoder, HeatmapDecoder, init_heatmap_weights, pool_by_masks
 from ...layers.learned_prompts import LearnedPrompt, LearnedPromptMixin
 from ...layers.maskformer import MaskProposalNetwork, MaskProposals, init_mask_proposal_weights
 from ...layers.picture_stretching import stretch_pictures
@@ -24,10 +23,11 @@ from ...losses import MaskClassificationCriterion, Prediction, sum_losses
 from ...modeling_base import OpenVocabularySegmentationModel
 from ...modeling_outputs import ImageState, OpenVocabularySegmentationOutput
 from .configuration_deop import DeOPConfig
-from .plain_clip import TRAINING_FREE, load_plain_clip, plain_clip_config
-from .proposals import given_proposals, load_sam, sam_proposals
+from .plain_clip import TrainingFreeMixin
+from .proposals import given_proposals, sam_proposals
 from .severed_clip import PromptTable, VisualPrompts, severed_clip_tokens
 from .stage_losses import fill_outside, fused_map_losses, region_classes, region_features, region_losses
+from .training_stages import TrainingStagesMixin
 
 
 @dataclass
@@ -51,7 +51,9 @@ class DeOPImageState(ImageState):
     pixel_values: torch.Tensor | None = None
 
 
-class DeOPForOpenVocabularySegmentation(LearnedPromptMixin, OpenVocabularySegmentationModel):
+class DeOPForOpenVocabularySegmentation(
+    TrainingFreeMixin, TrainingStagesMixin, LearnedPromptMixin, OpenVocabularySegmentationModel
+):
     """DeOP (Han et al., 2023). `maps`: "heatmaps" `[B, heads, N, gh, gw]` and "clip_map" `[B, D, gh, gw]`.
 
     With `proposals="none"` the outputs are `logits` `[B, K, gh, gw]`, 100 x the cosine of each patch, to be softmaxed.
@@ -63,21 +65,6 @@ class DeOPForOpenVocabularySegmentation(LearnedPromptMixin, OpenVocabularySegmen
     config: DeOPConfig
     picture_switches = frozenset({"proposals", "sliding_window"})
     _no_split_modules = ["CLIPEncoderLayer", "Bottleneck", "SwinStage", "MaskFormerDetrDecoderLayer"]
-    _parts_of_stages = {
-        "prompt": {"prompts": (r"^text_prompt\.",)},
-        "proposals": {
-            "adapter": (r"^proposal_network\.(?!backbone\.)", "^no_object_embedding$"),
-            "prompts": (r"^proposal_network\.query_decoder\.query_embedding\.", "^no_object_embedding$"),
-            "attention": (r"^proposal_network\..*\.[qv]_proj\.weight$",),
-            "lora": (r"^proposal_network\..*\.[qv]_proj$",),
-        },
-        "segmentation": {
-            "adapter": (r"^heatmap_decoder\.", r"^visual_prompts\.", "^no_object_embedding$"),
-            "prompts": (r"^visual_prompts\.", r"^text_prompt\.", r"^heatmap_decoder\.query_", "^no_object_embedding$"),
-            "attention": (r"^clip\.vision_model\..*\.[qv]_proj\.weight$",),
-            "lora": (r"^clip\.vision_model\..*\.[qv]_proj$",),
-        },
-    }
 
     def __init__(self, config: DeOPConfig) -> None:
         super().__init__(config)
@@ -157,109 +144,22 @@ class DeOPForOpenVocabularySegmentation(LearnedPromptMixin, OpenVocabularySegmen
             load_backbone_weights(model.proposal_network, backbone)
         return model
 
-    @classmethod
-    def from_clip_and_sam(cls, clip: str | os.PathLike | CLIPModel, sam: Any, **config: Any) -> Any:
-        """DeOP without training on Segment Anything's masks, as in the original's demo.
-
-        Args:
-            clip: a Hub id or folder of a `CLIPModel`, or the model itself.
-            sam: the same of a `SamModel`.
-            config: values for `DeOPConfig`; the defaults are `plain_clip.TRAINING_FREE`.
-        """
-        sam = load_sam(sam)
-        values = {"proposals": "sam", "sam_config": sam.config, **TRAINING_FREE, **config}
-        model = cls.from_clip(clip, **values)
-        model.sam.load_state_dict(sam.state_dict())
-        return model
-
-    @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As of every model; the auto class hands the configuration of a plain CLIP here, see `plain_clip`."""
-        if not isinstance(kwargs.get("config"), CLIPConfig):
-            return super().from_pretrained(*args, **kwargs)
-        source = args[0] if args else kwargs.pop("pretrained_model_name_or_path")
-        return load_plain_clip(cls, source, kwargs.pop("config"), **kwargs)
-
-    @classmethod
-    def _from_config(cls, config: DeOPConfig | CLIPConfig, **kwargs: Any) -> Any:
-        return super()._from_config(plain_clip_config(config) if isinstance(config, CLIPConfig) else config, **kwargs)
-
-    def processor_for_clip(self, processor: CLIPProcessor) -> Any:
-        """The processor that goes with a plain CLIP's own; None where the model was trained with another."""
-        from .processing_deop import DeOPProcessor
-
-        untrained = self.text_prompt is None and self.config.proposals != "maskformer"
-        return DeOPProcessor.from_clip(processor) if untrained else None
-
-    def freeze_pretrained(self) -> None:
-        """CLIP and SAM are always frozen; `training_stage` says what of the rest is trained."""
-        stage = self.config.training_stage
-        self.requires_grad_(stage == "segmentation")
-        for part in (self.clip, self.sam, self.proposal_network):
-            if part is not None:
-                part.requires_grad_(False)
-        self.no_object_embedding.requires_grad_(stage != "prompt" and self.config.proposals != "none")
-        if stage == "proposals":
-            self.proposal_network.requires_grad_(True)
-            self.proposal_network.backbone.freeze()
-        if self.text_prompt is not None:
-            own = stage == "segmentation" and self.config.train_text_prompt
-            self.text_prompt.requires_grad_(own or stage == "prompt")
-
-    @property
-    def trainable_parts(self) -> dict[str, tuple[str, ...]]:
-        """Those of the configured stage."""
-        return self._parts_of_stages[self.config.training_stage]
-
-    @property
-    def unread_parameters(self) -> tuple[str, ...]:
-        """What plays no role in the configured stage; severed blocks compare no queries with keys."""
-        stage = self.config.training_stage
-        if stage == "prompt":
-            return (r"^(?!clip\.|text_prompt\.)", r"^clip\.logit_scale$")
-        if stage == "proposals":
-            return (r"^clip\.(vision_model|visual_projection|logit_scale)", "^(visual_prompts|heatmap_decoder|sam)")
-        severed = enumerate(self.config.severance_of_blocks())
-        blocks = "|".join(str(index) for index, kind in severed if kind != "none" and self.config.severance_alpha == 1)
-        released = (r"\.embedding_head\.", r"\.value_projection\.", r"^heatmap_decoder\.layernorm\.")
-        whole = (r"^clip\.logit_scale$", r"^sam\.", *released)
-        return (*whole, rf"^clip\.vision_model\.encoder\.layers\.({blocks})\.self_attn\.[qk]_proj") if blocks else whole
-
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
         init_mask_proposal_weights(module)
+        init_heatmap_weights(module)
         if isinstance(module, PromptTable):
             init.normal_(module.embedding, std=module.embedding.shape[-1] ** -0.5)
         elif isinstance(module, VisualPrompts) and module.tokens is not None:
             init.normal_(module.tokens, std=module.tokens.shape[-1] ** -0.5)
         elif isinstance(module, LearnedPrompt):
             init.normal_(module.context, std=0.02)
-        elif isinstance(module, HeatmapDecoder):
-            self._init_heatmap_decoder(module)
-        elif isinstance(module, ConvolutionalHeatmapDecoder):
-            for layer in module.layers:
-                init_torch_defaults(layer)
         elif module is self:
             # zero without training: a cosine of 0, below that of any class that is there
             trained = self.proposal_network is not None
             std = self.no_object_embedding.shape[-1] ** -0.5 if trained else 0.0
             init.normal_(self.no_object_embedding, std=std)
-
-    @staticmethod
-    def _init_heatmap_decoder(decoder: HeatmapDecoder) -> None:
-        """The framework's defaults, as in the original: Xavier for the packed queries, keys and values of attention,
-        whose three blocks count as one matrix, and no bias; PyTorch's own for the rest."""
-        init.normal_(decoder.query_embedding.weight)
-        for name, part in decoder.named_modules():
-            if not isinstance(part, nn.Linear):
-                continue
-            if name.endswith(("q_proj", "k_proj", "v_proj", "_projection")):
-                init.xavier_uniform_(part.weight, gain=0.5**0.5)
-            else:
-                init_torch_defaults(part)
-            if "attn" in name or name.endswith("_projection"):
-                init.zeros_(part.bias)
 
     # ------------------------------------------------------------------ picture side
 

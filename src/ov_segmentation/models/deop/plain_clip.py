@@ -9,13 +9,17 @@ from __future__ import annotations
 import os
 import warnings
 from dataclasses import fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import CLIPConfig
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from ...layers.clip_stem import load_clip, split_clip_config
 from .configuration_deop import DeOPConfig
+from .proposals import load_sam
+
+if TYPE_CHECKING:
+    from transformers import CLIPModel, CLIPProcessor
 
 TRAINING_FREE = {
     "severance": "identity",
@@ -96,3 +100,41 @@ def load_plain_clip(model_class: Any, source: str | os.PathLike, clip_config: CL
     )
     info = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
     return (model, info) if wants_info else model
+
+
+class TrainingFreeMixin:
+    """Ways to a model that needs no training."""
+
+    @classmethod
+    def from_clip_and_sam(cls, clip: str | os.PathLike | CLIPModel, sam: Any, **config: Any) -> Any:
+        """DeOP without training on Segment Anything's masks, as in the original's demo.
+
+        Args:
+            clip: a Hub id or folder of a `CLIPModel`, or the model itself.
+            sam: the same of a `SamModel`.
+            config: values for `DeOPConfig`; the defaults are `TRAINING_FREE`.
+        """
+        sam = load_sam(sam)
+        values = {"proposals": "sam", "sam_config": sam.config, **TRAINING_FREE, **config}
+        model = cls.from_clip(clip, **values)
+        model.sam.load_state_dict(sam.state_dict())
+        return model
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As of every model; the auto class hands the configuration of a plain CLIP here, see `load_plain_clip`."""
+        if not isinstance(kwargs.get("config"), CLIPConfig):
+            return super().from_pretrained(*args, **kwargs)
+        source = args[0] if args else kwargs.pop("pretrained_model_name_or_path")
+        return load_plain_clip(cls, source, kwargs.pop("config"), **kwargs)
+
+    @classmethod
+    def _from_config(cls, config: DeOPConfig | CLIPConfig, **kwargs: Any) -> Any:
+        return super()._from_config(plain_clip_config(config) if isinstance(config, CLIPConfig) else config, **kwargs)
+
+    def processor_for_clip(self, processor: CLIPProcessor) -> Any:
+        """The processor that goes with a plain CLIP's own; None where the model was trained with another."""
+        from .processing_deop import DeOPProcessor
+
+        untrained = self.text_prompt is None and self.config.proposals != "maskformer"
+        return DeOPProcessor.from_clip(processor) if untrained else None

@@ -13,7 +13,7 @@ from ...precision import full_precision
 from .configuration_deop import DeOPConfig
 
 # the original clamps probabilities before the logarithm of its focal loss
-FOCAL_ALPHA, FOCAL_GAMMA, FOCAL_EPSILON = 0.25, 2.0, 1e-4
+FOCAL_ALPHA, FOCAL_EPSILON = 0.25, 1e-4
 
 
 def fused_map_losses(
@@ -33,20 +33,22 @@ def fused_map_losses(
     probability = (scale * fused - scale).sigmoid()
     known = labels >= 0
     wanted = torch.where(known, labels, class_logits.shape[-1] - 1)
-    target = torch.zeros_like(probability).scatter_(1, wanted[:, None], 1.0)
+    # every channel as if it were absent, then the one that is not put right: no one-hot target of the map's size
+    present = probability.gather(1, wanted[:, None]).squeeze(1)
+    absent = (1 - FOCAL_ALPHA) * (_focal(1 - probability).sum(dim=1) - _focal(1 - present))
     counted = torch.ones_like(known) if config.ignore_as_no_object else known
-    hit = probability * target + (1 - probability) * (1 - target)
-    share = FOCAL_ALPHA * target + (1 - FOCAL_ALPHA) * (1 - target)
-    focal = -share * (1 - hit) ** FOCAL_GAMMA * hit.clamp(FOCAL_EPSILON, 1 - FOCAL_EPSILON).log()
-    focal = (focal * counted[:, None]).sum()
-    count = counted.sum().float() * target.shape[1]
+    focal = ((absent + FOCAL_ALPHA * _focal(present)) * counted).sum()
+    count = counted.sum().float() * class_logits.shape[-1]
     count = (count if config.normalise_per_process else global_mean_of_processes(count)).clamp(min=1)
-    classes, classes_target = probability[:, :-1], target[:, :-1]
-    if not config.ignore_as_no_object:
-        classes = classes * known[:, None]
-    overlap = 2 * (classes * classes_target).sum(dim=(1, 2, 3)) + 1
-    dice = 1 - overlap / (classes.sum(dim=(1, 2, 3)) + classes_target.sum(dim=(1, 2, 3)) + 1)
+    predicted = (probability[:, :-1].sum(dim=1) * counted).sum(dim=(1, 2))
+    dice = 1 - (2 * (present * known).sum(dim=(1, 2)) + 1) / (predicted + known.sum(dim=(1, 2)) + 1)
     return {"loss_ce": config.focal_weight * focal / count, "loss_decoder_dice": config.dice_weight * dice.mean()}
+
+
+def _focal(hit: torch.Tensor) -> torch.Tensor:
+    """Focal loss (gamma 2) of the probability that an element has what it should have."""
+    missing = 1 - hit
+    return -missing * missing * hit.clamp(FOCAL_EPSILON, 1 - FOCAL_EPSILON).log()
 
 
 def fill_outside(pixel_values: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
