@@ -27,7 +27,7 @@ ASSETS = Path(__file__).resolve().parent.parent / "assets"
 FOLDERS = {
     "san": "san_scenes",
     "ovseg": "ovseg_scenes_small",
-    "deop": "clip_vit_scenes",
+    "deop": "deop_scenes_small",
     "sed": "sed_scenes",
     "cat_seg": "cat_seg_scenes",
     "esc_net": "esc_net_scenes",

@@ -58,7 +58,7 @@ def test_too_much_is_refused_before_anything_is_written(tmp_path: Path) -> None:
 
 
 def test_pictures_are_drawn_from_the_bundled_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    bundled = {"san": "san_scenes", "sed": "sed_scenes", "deop": "clip_vit_scenes"}
+    bundled = {"san": "san_scenes", "sed": "sed_scenes", "deop": "deop_scenes_small"}
     monkeypatch.setattr(draw_pictures.demo, "CHECKPOINTS", bundled)
     draw_pictures.main(["--output", str(tmp_path)])
     sheet, maps = (np.asarray(Image.open(tmp_path / name)) for name in ("methods.png", "maps.png"))
@@ -70,11 +70,18 @@ def test_pictures_are_drawn_from_the_bundled_checkpoints(tmp_path: Path, monkeyp
 
     scene = np.asarray(draw_pictures.enlarged(Image.open(ASSETS / "scene.png")))
     assert (tile(sheet, 0, 0) == scene).all() and (tile(maps, 1, 0) == scene).all()
-    # of SAN, SED and DeOP no two are alike; DeOP without queries has no heatmaps, and so no row of maps
+    # of SAN, SED and DeOP no two are alike
     tiles = [tile(sheet, 0, column) for column in (1, 2, 3)]
     assert all((tiles[i] != tiles[j]).any() for i in range(3) for j in range(i))
-    assert len(maps) == 2 * (side + draw_pictures.TITLE + draw_pictures.GAP)
-    assert all(tile(maps, row, column).std() > 5 for row in range(2) for column in range(5))
+    assert len(maps) == 3 * (side + draw_pictures.TITLE + draw_pictures.GAP)
+    assert all(tile(maps, row, column).std() > 5 for row in range(3) for column in range(5))
+
+
+def test_without_queries_deop_has_no_anchors_to_draw() -> None:
+    segment = draw_pictures.demo.load_checkpoint(str(ASSETS / "clip_vit_scenes"))
+    names = [draw_pictures.THING, "red striped star"]
+    picture = Image.open(ASSETS / "scene.png").convert("RGB")
+    assert draw_pictures.deop_row(segment.model, segment.processor, picture, names) == []
 
 
 def test_an_unknown_method_is_refused(tmp_path: Path) -> None:
