@@ -41,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--ledger", type=Path, help="JSON-lines file to append the figures to")
     parser.add_argument("--floors", action="store_true", help="also made-up names, and the majority class")
     parser.add_argument("--distractors", type=int, default=0, help="ask for so many names more, which no scene shows")
+    parser.add_argument("--synonyms", action="store_true", help="ask for every class in a second wording too")
     parser.add_argument("--name", help="what the ledger calls the run (default: the model's path)")
     options = parser.parse_args(arguments)
     model = AutoModelForOpenVocabularySegmentation.from_pretrained(options.model, dtype=torch.float32)
@@ -52,6 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     protocol = f"scenes-{options.vocabulary}-{len(pictures)}{world_suffix(options.data)}"
     if distractors:
         protocol += f"-and-{len(distractors)}-absent-names"
+    if options.synonyms:
+        protocol += "-synonyms"
 
     def report(name: str, method: str | None, start: float, figures: dict[str, float]) -> None:
         seconds = time.perf_counter() - start
@@ -83,6 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.seed,
         floors=FLOORS if options.floors else FLOORS[:1],
         distractors=distractors,
+        synonyms=options.synonyms,
         progress=lambda loader: tqdm(loader, desc="scenes", unit="picture"),
     )
     report(options.name or options.model, model.config.model_type, start, figures)

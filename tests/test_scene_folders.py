@@ -122,6 +122,21 @@ def test_distractors_are_asked_for_and_shown_nowhere(folder: Path, monkeypatch: 
         absent_names(SCENES, 1000, seed=0)
 
 
+def test_every_class_can_be_asked_for_in_two_wordings(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pictures = load_segmentation_data(folder / "evaluation").split("validation")
+    asked = []
+
+    def perfect(model, processor, pictures, accelerator: Accelerator, **options):
+        asked.append(pictures.data.vocabulary)
+        return scores_of(lambda label_map: label_map.long(), pictures)
+
+    monkeypatch.setattr(scene_evaluation, "evaluate", perfect)
+    figures = evaluate_scenes(None, None, pictures, SCENES, floors=("shuffled",), synonyms=True)
+    assert figures["miou"] == 1.0 and asked[0].labels == list(SCENES.names)
+    assert asked[0].prompts[0] == [["red plain circle", "plain red circle"]]
+    assert all(len(wordings) == 2 for vocabulary in asked for (wordings,) in vocabulary.prompts)
+
+
 def test_the_majority_class_is_a_floor(folder: Path) -> None:
     pictures = load_segmentation_data(folder / "evaluation").split("validation")
     figures = majority_floor(pictures, SCENES)

@@ -106,7 +106,7 @@ class LedgerTable:
         file: name in results/.
         columns: what is shown of an entry.
         key: the fields that tell kinds of entries apart; kinds stand in the order of their first entry.
-        match: only entries with these fields.
+        match: only entries with these fields; a tuple holds several values that will do.
         order: fields that rows are sorted by; those of equal fields keep their order.
     """
 
@@ -127,7 +127,10 @@ class LedgerTable:
         """The newest entry of each kind, in the order of the kinds' first entries."""
         newest: dict[tuple[Any, ...], Entry] = {}
         for entry in ledger.read(results / self.file) if (results / self.file).exists() else []:
-            if all(entry.get(name) == value for name, value in self.match.items()):
+            if all(
+                entry.get(name) in (value if isinstance(value, tuple) else (value,))
+                for name, value in self.match.items()
+            ):
                 newest[tuple(str(look_up(entry, name)) for name in self.key)] = entry
         return list(newest.values())
 

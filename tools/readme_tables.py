@@ -86,6 +86,9 @@ _SCENE_COLUMNS = (
     Column("Protocol", "protocol"),
 )
 
+# the same pictures as the standard protocol's first, spoilt; and the standard ones under more names and other wordings
+HARDER = ("scenes-small-200-crowded_harsh", "scenes-small-200-and-100-absent-names-synonyms")
+
 TABLES: dict[str, LedgerTable | MethodTable | MethodText] = {
     "methods": MethodTable(),
     **{f"{model_type}_authors": MethodText(paper_table, model_type) for model_type in FACTS},
@@ -118,6 +121,13 @@ TABLES: dict[str, LedgerTable | MethodTable | MethodText] = {
         ),
         key=("name", "protocol", "seed"),
         match={"protocol": "scenes-small-400"},
+    ),
+    "scenes_harder": LedgerTable(
+        "scenes.jsonl",
+        (Column("Checkpoint", "name"), *_SCENE_COLUMNS, Column("Commit", "commit", commit)),
+        key=("name", "protocol"),
+        match={"protocol": HARDER},
+        order=("protocol",),
     ),
     "adaptation": LedgerTable(
         "adaptation.jsonl",

@@ -28,6 +28,7 @@ def evaluate_scenes(
     seed: int = 0,
     floors: Collection[str] = FLOORS[:1],
     distractors: Sequence[str] = (),
+    synonyms: bool = False,
     **options: Any,
 ) -> dict[str, float]:
     """Figures of a model on scenes of all tiers, asked for all names.
@@ -39,6 +40,7 @@ def evaluate_scenes(
         floors: "shuffled": the names permuted among things and among stuff, which is what a model reaches that does not
             read them; "random": made-up words in the place of the names. A whole evaluation each.
         distractors: further names that are asked for, and that no scene shows; another protocol.
+        synonyms: every class is asked for in two wordings, see [`with_synonyms`]; another protocol.
         options: for [`evaluate`].
 
     Returns:
@@ -49,11 +51,13 @@ def evaluate_scenes(
     if unknown := set(floors) - set(FLOORS):
         raise ValueError(f"floors are among {list(FLOORS)}, got {sorted(unknown)}.")
     accelerator = Accelerator()
-    wanted = _with_names(pictures, [*scenes.names, *distractors]) if distractors else pictures
+    worded = with_synonyms if synonyms else list
+    changed = bool(distractors) or synonyms
+    wanted = _with_names(pictures, worded([*scenes.names, *distractors])) if changed else pictures
     figures = scene_figures(evaluate(model, processor, wanted, accelerator, **options), scenes)
     names = {"shuffled": shuffled_names, "random": meaningless_names}
     for floor in floors:
-        asked = _with_names(pictures, [*names[floor](scenes, seed), *distractors])
+        asked = _with_names(pictures, worded([*names[floor](scenes, seed), *distractors]))
         found = scene_figures(evaluate(model, processor, asked, accelerator, **options), scenes)
         figures |= {f"{floor}_{name}": value for name, value in found.items()}
     return figures
@@ -95,6 +99,11 @@ def meaningless_names(scenes: SceneVocabulary, seed: int) -> list[str]:
     return names
 
 
+def with_synonyms(names: Sequence[str]) -> list[list[str]]:
+    """Every name with a second wording that no caption of scenes has: its first two words the other way round."""
+    return [[name, " ".join([*name.split()[1::-1], *name.split()[2:]])] for name in names]
+
+
 def absent_names(scenes: SceneVocabulary, count: int, seed: int) -> list[str]:
     """Names of the full vocabulary that `scenes` has not: things of another shape, colour or pattern.
 
@@ -129,6 +138,6 @@ def _check_names(pictures: LabelledPictures, scenes: SceneVocabulary) -> None:
         )
 
 
-def _with_names(pictures: LabelledPictures, names: list[str]) -> LabelledPictures:
+def _with_names(pictures: LabelledPictures, names: Sequence[str | list[str]]) -> LabelledPictures:
     data = dataclasses.replace(pictures.data, vocabulary=Vocabulary(names))
     return LabelledPictures(data, pictures.split, pictures.rows)
