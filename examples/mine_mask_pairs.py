@@ -26,6 +26,7 @@ from ov_segmentation import AutoModelForOpenVocabularySegmentation
 from ov_segmentation.data.mining import MiningOptions, PairMiner
 from ov_segmentation.data.mining_run import MiningError, MiningRun, SourcePictures, settings_of
 from ov_segmentation.data.nouns import find_tagger
+from ov_segmentation.download_errors import LoadingError
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -67,12 +68,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 run.claim()
     except (OSError, ImportError, ValueError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
-    miner = PairMiner(*load(options, state.device), mining, tagger, pictures.class_names)
     hidden = not state.is_local_main_process
     progress = functools.partial(tqdm, desc="mining", unit="picture", disable=hidden)
     try:
+        miner = PairMiner(*load(options, state.device), mining, tagger, pictures.class_names)
         run.work(pictures, miner, state.process_index, state.num_processes, progress)
-    except MiningError as error:
+    except (MiningError, LoadingError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
     state.wait_for_everyone()
     if state.is_main_process:

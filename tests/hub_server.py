@@ -58,6 +58,7 @@ class HubServer:
         repositories: (kind, id) -> repository; kind is "models" or "datasets".
         requests: (method, path, Range header or None) of every request, oldest first.
         cuts: "OWNER/NAME/FILE" -> bytes after which its next downloads are cut off, one entry a download.
+        cut_commits: "OWNER/NAME" -> how many of the next commits are cut off before anything is done.
     """
 
     def __init__(self) -> None:
@@ -65,6 +66,7 @@ class HubServer:
         self.blobs: dict[str, bytes] = {}
         self.requests: list[tuple[str, str, str | None]] = []
         self.cuts: dict[str, list[int]] = {}
+        self.cut_commits: dict[str, int] = {}
         self.lock = threading.RLock()
         handler = type("Handler", (_Handler,), {"hub": self})
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -332,6 +334,9 @@ class _Handler(BaseHTTPRequestHandler):
             return
         if (parent := self._commit_of(repository, place["revision"])) is None:
             return
+        if self.hub.cut_commits.get(place["repo"], 0):
+            self.hub.cut_commits[place["repo"]] -= 1
+            return self._cut()
         files, title = dict(repository.commits[parent]), ""
         for line in map(json.loads, body.splitlines()):
             value = line["value"]
@@ -378,11 +383,12 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command == "HEAD":
             return None
         self.wfile.write(part if cut is None else part[:cut])
-        if cut is not None:
-            self.wfile.flush()
-            self.close_connection = True
-            self.connection.shutdown(2)
-        return None
+        return None if cut is None else self._cut()
+
+    def _cut(self) -> None:
+        self.wfile.flush()
+        self.close_connection = True
+        self.connection.shutdown(2)
 
 
 _REPO = r"(?P<repo>[^/]+/[^/]+?)"

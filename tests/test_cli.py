@@ -10,7 +10,9 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from transformers import CLIPConfig, CLIPModel
 
+from ov_segmentation import AutoModelForOpenVocabularySegmentation
 from ov_segmentation.auto import METHODS, load_class
 from ov_segmentation.checkpoint_report import released_variants
 from ov_segmentation.cli import main
@@ -92,7 +94,9 @@ def test_an_overlay_is_the_default(whole, picture, tmp_path, monkeypatch, capsys
         (("{picture}", "--labels", "road", "--output", "nowhere/x.png"), "no folder nowhere"),
         (("{picture}", "--labels", "road", "--output", "{folder}/x.nonsense"), "nonsense"),
         (("{picture}", "--vocabulary", "ade"), "neither a file nor a packaged one"),
-        (("{picture}", "--labels", "road", "--model", "./nothing"), "nothing"),
+        (("{picture}", "--labels", "road", "--model", "./nothing"), "There is no folder ./nothing, nor is that"),
+        (("{picture}", "--labels", "road", "--model", "runs/san"), "runs/san is no folder here, nor (or not all"),
+        (("{picture}", "--vocabulary", "camvid_11", "--model", "runs/san"), "runs/san is no folder here"),
     ],
 )
 def test_bad_input_is_a_message(whole, picture, tmp_path, options, message):
@@ -198,11 +202,22 @@ def test_what_is_no_checkpoint(tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
     code, report = doctor(capsys, tmp_path)
     assert code == 1 and "'bert', which is none of" in report
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "clip", **tiny_clip_config()}))
-    code, report = doctor(capsys, tmp_path)
-    assert code == 0 and "a plain CLIP" in report
     code, report = doctor(capsys, tmp_path / "nothing")
-    assert code == 1 and "cannot be read" in report
+    assert code == 1 and f"cannot be read: There is no folder {tmp_path / 'nothing'}" in report
+
+
+def test_a_plain_clip(tmp_path, capsys):
+    CLIPModel(CLIPConfig(**tiny_clip_config())).save_pretrained(tmp_path)
+    code, report = doctor(capsys, tmp_path)
+    assert code == 0 and "a plain CLIP" in report and "float32" in report
+    assert "and a class token (vision_model.embeddings.position_embedding.weight)" in report
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["logit_scale"]
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    code, report = doctor(capsys, tmp_path)
+    assert code == 1 and "1 weights are missing: logit_scale" in report
+    with pytest.raises(ValueError, match=r"leaves 1 weights of a CLIP unset \(logit_scale\)"):
+        AutoModelForOpenVocabularySegmentation.from_pretrained(tmp_path)
 
 
 def original(manifest, file):

@@ -61,6 +61,14 @@ def test_local_tree_without_splits_and_with_a_names_file(tmp_path):
     assert data.vocabulary.synonyms == [["sky"], ["road", "street"], ["car"]]
 
 
+def test_what_notebooks_and_file_managers_leave_is_no_data(tmp_path):
+    write_tree(tmp_path, [""])
+    (tmp_path / "images/.ipynb_checkpoints").mkdir()
+    (tmp_path / "images/._0.jpg").touch()
+    data = load_segmentation_data(tmp_path, class_names=NAMES, ignore_index=255)
+    assert {split: len(rows) for split, rows in data.splits.items()} == {"train": 2}
+
+
 def rows(count=3, ids=(0, 1, 300), dtype=np.uint16):
     return {
         "image": [picture(i) for i in range(count)],
@@ -150,8 +158,11 @@ def test_packaged_names_and_a_names_file(tmp_path):
 
 
 def test_no_class_names_anywhere(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no class_names\.json in .*: write it"):
+        load_segmentation_data(write_tree(tmp_path / "tree", ["train"]))
+    Dataset.from_dict({key: rows()[key] for key in ("image", "annotation")}).save_to_disk(str(tmp_path / "saved"))
     with pytest.raises(ValueError, match="no column 'classes'"):
-        load_segmentation_data(write_tree(tmp_path, ["train"]))
+        load_segmentation_data(tmp_path / "saved")
 
 
 def first_sample_error(root, **options):

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, constants
+from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError
 
 from ov_segmentation import ledger
+from ov_segmentation.download_errors import loading_explained
 from tests import official_trees
 from tests.hub_server import TOKEN, HubServer
 from tests.parity.hparams import build
@@ -66,6 +68,11 @@ main([sys.argv[1], "somebody/secret", "--private"])
 convert("san", [*sys.argv[3:], "--push-to-hub", "somebody/converted"])
 AutoModelForOpenVocabularySegmentation.from_pretrained(sys.argv[-1]).push_to_hub("somebody/again")
 errors = {}
+for attempt in ("cut", "again"):
+    try:
+        main([sys.argv[1], "somebody/cut", "--message", attempt])
+    except SystemExit as error:
+        errors[attempt] = str(error)
 for case, repo_id in {"owner": "somebody-else/model", "name": "no such/name"}.items():
     try:
         model.push_to_hub(repo_id)
@@ -100,6 +107,7 @@ def pushed(hub, tmp_path_factory):
             method="san",
             name=name,
         )
+    hub.cut_commits = {"somebody/cut": 1}
     return reported(run(hub, home, "-c", PUSH, CHECKPOINT, home / "ledger.jsonl", *conversion))
 
 
@@ -145,8 +153,15 @@ def test_what_cannot_be_pushed_says_what_to_do(hub, pushed):
     assert "403" in pushed["owner"] and "choose an OWNER" in pushed["owner"]
     assert "'no such/name' is no repository id" in pushed["name"]
     assert pushed["folder"] == "HubError: There is no folder nowhere."
-    assert "ledger.jsonl has no line of" in pushed["ledger"] and "another, mine" in pushed["ledger"]
+    assert "There is no line of" in pushed["ledger"] and "another, mine" in pushed["ledger"]
     assert ("models", "somebody/x") not in hub.repositories
+
+
+def test_a_push_that_is_cut_commits_nothing_and_goes_through_again(hub, pushed):
+    assert f"{hub.url} cannot be reached or broke off" in pushed["cut"]
+    assert "start the same command again" in pushed["cut"]
+    assert "again" not in pushed
+    assert list(hub.model("somebody/cut").titles.values()) == ["initial commit", "again"]
 
 
 PULL = """
@@ -235,6 +250,22 @@ print(hf_hub_download("somebody/large", "model.safetensors"))
 """
 
 
+def test_what_kept_a_checkpoint_from_being_loaded_is_said(monkeypatch):
+    """Without a server: the errors behind transformers' one, which names neither path nor id."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    no_answer = LocalEntryNotFoundError("an error happened while trying to locate the file")
+    no_answer.__cause__ = HTTPError("connection refused")
+    for cause, message in (
+        (HFValidationError("bad"), "There is no folder runs/a/b, nor is that an id on the Hub"),
+        (no_answer, r"runs/a/b is no folder here.* did not give it \(HTTPError: connection refused\)"),
+        (LocalEntryNotFoundError("no"), r"did not give it\. Check"),
+        (HTTPError("cut"), "broke off while runs/a/b was downloaded"),
+        (None, "as it was"),
+    ):
+        with pytest.raises(OSError, match=message), loading_explained("outer"), loading_explained("runs/a/b"):
+            raise OSError("as it was") from cause
+
+
 def test_a_large_download_goes_on_where_it_was_cut(hub, pushed, tmp_path):
     """The client keeps what it has in pieces of 10 MiB."""
     content = np.random.default_rng(0).bytes(24_000_000)
@@ -262,15 +293,22 @@ def test_an_unknown_revision_says_so(pulled):
 OFFLINE = """
 import json, sys
 from transformers import pipeline
+from ov_segmentation import AutoModelForOpenVocabularySegmentation, SANForOpenVocabularySegmentation, SANProcessor
 from ov_segmentation.hub import HubError, push_checkpoint
 from PIL import Image
 picture, names = Image.open("assets/scene.png"), json.loads(sys.argv[2])
 segment = pipeline("open-vocabulary-segmentation", model="somebody/parts")
 found = {"labels": segment(picture, candidate_labels=names, output_type="map")["labels"]}
-try:
-    pipeline("open-vocabulary-segmentation", model="somebody/never-seen")
-except OSError as error:
-    found["uncached"] = str(error)
+for case, load in {
+    "pipeline": lambda source: pipeline("open-vocabulary-segmentation", model=source),
+    "auto": AutoModelForOpenVocabularySegmentation.from_pretrained,
+    "model": SANForOpenVocabularySegmentation.from_pretrained,
+    "processor": SANProcessor.from_pretrained,
+}.items():
+    try:
+        load("somebody/never-seen")
+    except OSError as error:
+        found[case] = str(error)
 try:
     push_checkpoint(sys.argv[1], "somebody/parts")
 except HubError as error:
@@ -283,7 +321,11 @@ def test_offline_what_is_cached_loads_and_what_is_not_says_so(hub, pulled, cache
     before = len(hub.requests)
     found = reported(run(hub, caches, "-c", OFFLINE, CHECKPOINT, json.dumps(NAMES), offline=True))
     assert found["labels"] == NAMES
-    assert "couldn't find them in the cached files" in found["uncached"] and "offline mode" in found["uncached"]
+    # transformers' `pipeline` reads the configuration by itself
+    assert "couldn't find them in the cached files" in found["pipeline"] and "offline mode" in found["pipeline"]
+    assert "Can't load image processor for 'somebody/never-seen'" in found["processor"]
+    for case in ("auto", "model"):
+        assert "somebody/never-seen is no folder here" in found[case] and "HF_HUB_OFFLINE is set" in found[case]
     assert "HF_HUB_OFFLINE" in found["push"]
     assert len(hub.requests) == before
 
@@ -355,12 +397,21 @@ def data_pushed(hub, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def data_pulled(hub, data_pushed, caches):
+    for name in ("streets", "camvid"):  # the first is downloaded and streamed, the second streamed only
+        files = [file for file in hub.dataset(f"somebody/{name}").files() if file.endswith(".parquet")]
+        hub.cuts |= {f"somebody/{name}/{file}": [500] for file in files}
     return reported(run(hub, caches, "-c", DATA_PULL, "online", token=None))
 
 
 def test_data_sets_load_and_stream(data_pulled):
     assert data_pulled["equal"] and data_pulled["deepest"] == 999
     assert (data_pulled["streets names"], data_pulled["streets"]) == (["sky", "road", "car"], {"train": 4})
+
+
+def test_data_sets_that_are_cut_go_on(hub, data_pulled):
+    """To the right pictures (above and below): none is lost, none comes twice."""
+    cut = [left for file, left in hub.cuts.items() if file.endswith(".parquet")]
+    assert len(cut) == 3 and not any(cut)
 
 
 def test_data_sets_that_cannot_be_had_or_pushed_say_so(data_pushed, data_pulled):

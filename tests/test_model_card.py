@@ -207,7 +207,10 @@ def test_a_line_belongs_by_weights_by_recipe_or_by_name(checkpoint, tmp_path):
         measured(path, **other)
     assert results_of(checkpoint, [path], "san", name="san_scenes") == mine
     assert results_of(checkpoint, [path, path], "san") == mine[:2]
-    with pytest.raises(LookupError, match=r"none of its 9 lines is of method 'deop'.*'deop_scenes'"):
+    others = tmp_path / "others.jsonl"
+    measured(others, name="another")
+    assert results_of(checkpoint, [others, path, others], "san") == mine[:2], "a glob finds ledgers without a line too"
+    with pytest.raises(LookupError, match=r"none of the 9 lines is of method 'deop'.*'deop_scenes'"):
         results_of(checkpoint, [path], "deop", name="deop_scenes")
     with pytest.raises(FileNotFoundError):
         results_of(checkpoint, [tmp_path / "none.jsonl"], "san")

@@ -6,6 +6,7 @@ Registration imports configurations and processors, which are light; models are 
 from __future__ import annotations
 
 import importlib
+import os
 import warnings
 from collections import OrderedDict
 from typing import Any, NamedTuple
@@ -15,6 +16,8 @@ from transformers import AutoConfig, AutoImageProcessor, AutoProcessor
 from transformers.models.auto.auto_factory import _BaseAutoModelClass, _LazyAutoMapping
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
+
+from .download_errors import loading_explained
 
 
 class Method(NamedTuple):
@@ -104,6 +107,12 @@ class AutoModelForOpenVocabularySegmentation(_BaseAutoModelClass):
     """
 
     _model_mapping = MODEL_FOR_OPEN_VOCABULARY_SEGMENTATION_MAPPING
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args: Any, **kwargs: Any) -> Any:
+        """transformers' `from_pretrained`; what cannot be found or downloaded is a `LoadingError` that says why."""
+        with loading_explained(pretrained_model_name_or_path):
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
 
 def register() -> None:

@@ -7,7 +7,7 @@ import importlib.util
 import math
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -19,6 +19,8 @@ from transformers.utils import logging
 
 from .auto import METHODS, Method, load_class
 from .conversion import ConversionError, StateDict, read_checkpoint
+from .download_errors import loading_explained
+from .layers.clip_stem import load_clip
 
 LISTED = 10
 ORIGINAL_SUFFIXES = (".pth", ".pt", ".bin", ".pkl", ".ckpt", ".safetensors")
@@ -80,37 +82,45 @@ def _examine_folder(report: CheckpointReport, checkpoint: str | Path, revision: 
         report.advice += [f"It holds {file.name}: try `ov-segment doctor {file}`" for file in originals[:LISTED]]
         return
     try:
-        config = AutoConfig.from_pretrained(checkpoint, revision=revision)
+        with loading_explained(checkpoint):
+            config = AutoConfig.from_pretrained(checkpoint, revision=revision)
     except (OSError, ValueError) as error:
         report.problems.append(f"The configuration cannot be read: {_first_line(error)}")
         return
     method = next((method for method in METHODS if method.model_type == config.model_type), None)
     if config.model_type == "clip":
         report.add("method", "none: a plain CLIP, with which DeOP segments without training")
+        _add_facts(report, _load(report, load_clip, checkpoint, revision))
         return
     if method is None:
         known = ", ".join(method.model_type for method in METHODS)
         report.problems.append(f"Its model type is {config.model_type!r}, which is none of {known}.")
         return
     report.add("method", f"{method.name} ({method.model})")
-    model = _load(report, method, checkpoint, revision)
+    model = _load(report, load_class(method.model).from_pretrained, checkpoint, revision)
     if model is not None:
         report.add("variant", " or ".join(released_variants(method, model)) or "no released size")
-        report.add("parameters", f"{sum(p.numel() for p in model.parameters()):,}")
-        report.add("dtype", ", ".join(f"{dtype} ({n} tensors)".removeprefix("torch.") for dtype, n in _dtypes(model)))
-        for name, grid in position_grids(model):
-            report.add("position grid", f"{grid} ({name})")
+    _add_facts(report, model)
     report.add("licence of the weights", config.weights_license or "not stated")
     _examine_processor(report, checkpoint, revision, method, config)
 
 
+def _add_facts(report: CheckpointReport, model: PreTrainedModel | None) -> None:
+    if model is None:
+        return
+    report.add("parameters", f"{sum(p.numel() for p in model.parameters()):,}")
+    report.add("dtype", ", ".join(f"{dtype} ({n} tensors)".removeprefix("torch.") for dtype, n in _dtypes(model)))
+    for name, grid in position_grids(model):
+        report.add("position grid", f"{grid} ({name})")
+
+
 def _load(
-    report: CheckpointReport, method: Method, checkpoint: str | Path, revision: str | None
+    report: CheckpointReport, load: Callable[..., Any], checkpoint: str | Path, revision: str | None
 ) -> PreTrainedModel | None:
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # its table of keys is what this report says
     try:
-        model, info = load_class(method.model).from_pretrained(
+        model, info = load(
             checkpoint,
             revision=revision,
             dtype="auto",

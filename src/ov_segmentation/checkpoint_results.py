@@ -86,7 +86,7 @@ def results_of(folder: Path, ledgers: Sequence[Path], model_type: str, name: str
 
     Raises:
         FileNotFoundError: a ledger that is not there.
-        LookupError: a ledger without a line of this checkpoint; says what was looked for.
+        LookupError: ledgers without a line of this checkpoint; says what was looked for.
     """
     own = folder / RESULTS_FILE
     found = ledger.read(own) if own.is_file() else []
@@ -98,18 +98,19 @@ def results_of(folder: Path, ledgers: Sequence[Path], model_type: str, name: str
             f"{own} holds {len(foreign)} measurements of other weights (digest {foreign[0]['weights']}) than lie there "
             f"now ({digest}): remove that file, and evaluate again."
         )
-    for path in ledgers:
-        entries = ledger.read(path)
-        mine = [entry for entry in entries if _belongs(entry, digest, metadata, model_type, name)]
-        if not mine:
-            called = "" if name is None else f", and none calls it {name!r}"
-            names = sorted({entry["name"] for entry in entries if isinstance(entry.get("name"), str)})
-            raise LookupError(
-                f"{path} has no line of {folder}: none of its {len(entries)} lines is of method {model_type!r} with "
-                f"the digest of these weights ({digest}) or their recipe, seed and commit{called}. Names there: "
-                f"{', '.join(names) or 'none'}."
-            )
-        found += [entry for entry in mine if entry not in found]
+    entries = [entry for path in ledgers for entry in ledger.read(path)]
+    mine = [entry for entry in entries if _belongs(entry, digest, metadata, model_type, name)]
+    if ledgers and not mine:
+        called = "" if name is None else f", and none calls it {name!r}"
+        names = sorted({entry["name"] for entry in entries if isinstance(entry.get("name"), str)})
+        raise LookupError(
+            f"There is no line of {folder} in {', '.join(map(str, ledgers))}: none of the {len(entries)} lines is of "
+            f"method {model_type!r} with the digest of these weights ({digest}) or their recipe, seed and "
+            f"commit{called}. Names there: {', '.join(names) or 'none'}."
+        )
+    for entry in mine:
+        if entry not in found:
+            found.append(entry)
     return found
 
 

@@ -36,6 +36,7 @@ def segment(arguments: Sequence[str]) -> None:
     import ov_segmentation  # noqa: F401  registers the task
 
     from .cli_options import parse_switches, vocabulary_of
+    from .download_errors import loading_explained
     from .image_reading import read_image
     from .visualization import overlay, save_label_map
 
@@ -46,9 +47,10 @@ def segment(arguments: Sequence[str]) -> None:
         vocabulary = vocabulary_of(options)
         switches = parse_switches(options.set)
         picture, _ = read_image(options.picture)
-        run = pipeline(
-            "open-vocabulary-segmentation", model=options.model, dtype=torch.float32, device=options.device or "cpu"
-        )
+        with loading_explained(options.model):
+            run = pipeline(
+                "open-vocabulary-segmentation", model=options.model, dtype=torch.float32, device=options.device or "cpu"
+            )
         given = {"background": options.background} if options.background else {}
         result = run(
             picture, candidate_labels=vocabulary, threshold=options.threshold, output_type="map", **given, **switches

@@ -10,6 +10,7 @@ from typing import Any
 
 from transformers import AutoConfig
 
+from .download_errors import loading_explained
 from .vocabulary import BENCHMARKS, Vocabulary, split_names
 
 
@@ -43,7 +44,8 @@ def vocabulary_of(options: argparse.Namespace) -> Vocabulary:
     if options.labels is not None:
         return Vocabulary(split_names(options.labels))
     if options.vocabulary in BENCHMARKS:
-        method = AutoConfig.from_pretrained(options.model).model_type
+        with loading_explained(options.model):
+            method = AutoConfig.from_pretrained(options.model).model_type
         return Vocabulary.from_benchmark(options.vocabulary, "deop" if method == "clip" else method)
     file = Path(options.vocabulary)
     if not file.is_file():

@@ -1,4 +1,4 @@
-"""A connection that broke off while a checkpoint was downloaded: transformers' message speaks of missing files."""
+"""What cannot be loaded, and why: transformers' messages speak of missing files, and name neither path nor id."""
 
 from __future__ import annotations
 
@@ -6,25 +6,63 @@ import contextlib
 from collections.abc import Iterator
 
 from huggingface_hub import constants
-from huggingface_hub.errors import HfHubHTTPError, HTTPError  # the latter: of the client's HTTP library
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,  # of the client's HTTP library
+    LocalEntryNotFoundError,
+)
+
+
+class LoadingError(FileNotFoundError):
+    """A checkpoint that is not there, or not all of it; the message says what was asked for and what to do."""
 
 
 @contextlib.contextmanager
-def broken_downloads_explained(source: object) -> Iterator[None]:
-    """Raise an OSError that says what happened in the place of one behind which the connection broke off.
+def loading_explained(source: object) -> Iterator[None]:
+    """Raise a `LoadingError` in the place of an OSError behind which there is no such folder, nothing in the cache, or
+    a connection that broke off; what transformers says well enough passes.
 
     Args:
-        source: Hub id that is loaded.
+        source: folder or Hub id that is loaded.
     """
     try:
         yield
+    except LoadingError:
+        raise
     except OSError as error:
-        cause: BaseException | None = error
-        while cause is not None and (isinstance(cause, HfHubHTTPError) or not isinstance(cause, HTTPError)):
-            cause = cause.__cause__ or cause.__context__
-        if cause is None:
+        message = _explanation(source, error)
+        if message is None:
             raise
-        raise OSError(
+        raise LoadingError(message) from error
+
+
+def _explanation(source: object, error: OSError) -> str | None:
+    causes = _causes(error)
+    # a status, behind which the library's own error stands too, is an answer and no broken connection
+    answered = any(isinstance(e, HfHubHTTPError) for e in causes)
+    broken = None if answered else next((e for e in causes if isinstance(e, HTTPError)), None)
+    uncached = any(isinstance(e, LocalEntryNotFoundError) for e in causes)
+    if any(isinstance(e, HFValidationError) for e in causes):
+        return f"There is no folder {source}, nor is that an id on the Hub, which is written OWNER/NAME."
+    if uncached:
+        place = f"{source} is no folder here, nor (or not all of it) in the Hub's cache, {constants.HF_HUB_CACHE}"
+        if constants.HF_HUB_OFFLINE:
+            return f"{place}; offline (HF_HUB_OFFLINE is set) nothing is downloaded. Check the name, or go online."
+        reason = "" if broken is None else f" ({type(broken).__name__}: {broken})"
+        return f"{place}; {constants.ENDPOINT} did not give it{reason}. Check the name and the connection."
+    if broken is not None:
+        return (
             f"The connection to {constants.ENDPOINT} broke off while {source} was downloaded "
-            f"({type(cause).__name__}: {cause}). Nothing incomplete was kept: load it again."
-        ) from error
+            f"({type(broken).__name__}: {broken}). Nothing incomplete was kept: load it again."
+        )
+    return None
+
+
+def _causes(error: BaseException) -> list[BaseException]:
+    causes: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None:
+        causes.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    return causes

@@ -89,7 +89,7 @@ def push_checkpoint(
         overwrite_card: replace cards all the same.
 
     Raises:
-        HubError: an incomplete folder, no measurement in a ledger, or the Hub's refusal. Nothing was committed then.
+        HubError: an incomplete folder, no measurement in a ledger, or the Hub's refusal; nothing is half committed.
     """
     folder = checkpoint_folder(Path(folder))
     try:
@@ -282,6 +282,6 @@ def explained(repo_id: str) -> Iterator[None]:
         raise HubError(f"{repo_id} was not pushed. {said}") from error
     except HTTPError as error:
         raise HubError(
-            f"{hub} cannot be reached or broke off ({type(error).__name__}: {error}). Nothing was committed; start the "
-            f"same command again."
+            f"{hub} cannot be reached or broke off ({type(error).__name__}: {error}). A commit is there whole or not "
+            f"at all: start the same command again."
         ) from error

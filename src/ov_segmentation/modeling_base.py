@@ -12,7 +12,7 @@ from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_base import OpenVocabularySegmentationConfig
-from .download_errors import broken_downloads_explained
+from .download_errors import loading_explained
 from .from_clip import FromCLIPMixin
 from .layers.clip_stem import CLIPStem, init_clip_stem_weights
 from .losses import SeededDraws
@@ -407,8 +407,8 @@ class OpenVocabularySegmentationModel(PushToHub, FromCLIPMixin, PreTrainedModel)
         error (`allow_missing_keys=True` initialises them instead), frozen parameters are frozen again, and the licence
         of the weights is logged."""
         wants_info = kwargs.pop("output_loading_info", False)
-        cls._refuse_other_method(args, kwargs)
-        with broken_downloads_explained(kwargs.get("pretrained_model_name_or_path", args[0] if args else None)):
+        with loading_explained(kwargs.get("pretrained_model_name_or_path", args[0] if args else None)):
+            cls._refuse_other_method(args, kwargs)
             model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         missing = sorted(info["missing_keys"])
         if missing and not allow_missing_keys:

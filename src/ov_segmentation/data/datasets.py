@@ -19,6 +19,7 @@ from datasets import (
 )
 from datasets.exceptions import DatasetNotFoundError
 
+from ..download_errors import LoadingError
 from ..vocabulary import BENCHMARKS, Vocabulary
 from .class_names import class_names as names_from_features
 from .labelled_pictures import SegmentationData
@@ -78,6 +79,11 @@ def load_segmentation_data(
     first = next(iter(splits.values()))
     image_column, annotation_column = _find_columns(first.features, image_column, annotation_column)
     names = class_names if class_names is not None else _names_beside(path)
+    if names is None and _label_maps_beside(path):  # features of pictures in folders hold no names
+        raise FileNotFoundError(
+            f"There is no {NAMES_FILE} in {path}: write it, a JSON list of the class names in the order of the label "
+            f"maps' pixel values, or give class_names."
+        )
     names = names_from_features(splits) if names is None else names
     ignored = (ignore_index,) if isinstance(ignore_index, int) else tuple(ignore_index or ())
     kind = IterableDatasetDict if streaming else DatasetDict
@@ -94,13 +100,12 @@ def load_splits(
 ) -> DatasetDict | IterableDatasetDict:
     """The splits of a folder or Hub id as they are; arguments and errors: see [`load_segmentation_data`]."""
     path, name = Path(name), str(name)
-    label_maps = [path / folder for folder in LABEL_MAP_FOLDERS if (path / folder).is_dir()]
-    tree = (path / "images").is_dir() and bool(label_maps)
+    label_maps = _label_maps_beside(path)
     saved = (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
-    if streaming and (tree or saved):
+    if streaming and (label_maps or saved):
         raise ValueError(f"{path} has random access and is not streamed: leave streaming out.")
-    if tree:
-        return _local_tree(path, label_maps[0])
+    if label_maps:
+        return _local_tree(path, label_maps)
     if saved:
         loaded = load_from_disk(str(path))
     else:
@@ -126,23 +131,31 @@ def _from_hub_or_folder(name: str, config_name: str | None, revision: str | None
             f"may read it."
         ) from error
     except ConnectionError as error:
-        raise ConnectionError(
-            f"{error}. It is not in the cache: offline (HF_HUB_OFFLINE=1), a data set is there only if it was loaded "
-            f"before, while online and without streaming."
+        raise LoadingError(
+            f"{error}. There is no folder {name} either, nor is it in the cache: offline (HF_HUB_OFFLINE=1), a data "
+            f"set is there only if it was loaded before, while online and without streaming."
         ) from error
 
 
+def _label_maps_beside(root: Path) -> Path | None:
+    """The folder of label maps beside `images/`, if this is such a tree."""
+    if not (root / "images").is_dir():
+        return None
+    return next((root / folder for folder in LABEL_MAP_FOLDERS if (root / folder).is_dir()), None)
+
+
 def _local_tree(root: Path, label_maps: Path) -> DatasetDict:
-    folders = {folder.name: folder for folder in sorted((root / "images").iterdir()) if folder.is_dir()}
+    # what begins with a dot was put there by a notebook or a file manager
+    folders = {folder.name: folder for folder in _visible(root / "images") if folder.is_dir()}
     splits = {}
     for split, images in (folders or {"train": root / "images"}).items():
         annotations = label_maps / (split if folders else "")
-        pictures = {file.stem: file for file in sorted(images.iterdir()) if file.suffix.lower() in PICTURE_SUFFIXES}
+        pictures = {file.stem: file for file in _visible(images) if file.suffix.lower() in PICTURE_SUFFIXES}
         if not annotations.is_dir():
             raise FileNotFoundError(
                 f"There are pictures in {images}, but no folder {annotations} with their label maps."
             )
-        maps = {file.stem: file for file in annotations.iterdir() if file.suffix.lower() in PICTURE_SUFFIXES}
+        maps = {file.stem: file for file in _visible(annotations) if file.suffix.lower() in PICTURE_SUFFIXES}
         if unpaired := sorted(set(pictures) ^ set(maps)):
             kind = "label map" if unpaired[0] in pictures else "picture"
             raise FileNotFoundError(
@@ -157,6 +170,10 @@ def _local_tree(root: Path, label_maps: Path) -> DatasetDict:
         features = Features({"image": Image(), "annotation": Image(), "file_name": Value("string")})
         splits[split] = Dataset.from_dict(columns, features=features)
     return DatasetDict(splits)
+
+
+def _visible(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
 
 
 def _find_columns(features: Features, image: str | None, annotation: str | None) -> tuple[str, str]:

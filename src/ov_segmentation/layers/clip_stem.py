@@ -165,17 +165,31 @@ class CLIPModelWithStem(CLIPModel):
         self.post_init()
 
 
-def load_clip(name_or_path: str | os.PathLike, **kwargs: Any) -> CLIPModel:
+def load_clip(
+    name_or_path: str | os.PathLike, allow_missing_keys: bool = False, output_loading_info: bool = False, **kwargs: Any
+) -> Any:
     """Load a CLIP from a folder or the Hub, with or without a stem; for `from_clip` of the ViT methods.
 
     Args:
         name_or_path: what `CLIPModel.from_pretrained` takes.
+        allow_missing_keys: initialise weights that the checkpoint does not have at random.
+        output_loading_info: also return which keys were missing, unexpected or mismatched.
         kwargs: passed on (`dtype`, `revision`, ...).
 
     Returns:
         The model in evaluation mode; [`split_clip_config`] gives the two configurations a method stores.
+
+    Raises:
+        ValueError: the checkpoint leaves weights unset.
     """
-    return CLIPModelWithStem.from_pretrained(name_or_path, **kwargs)
+    model, info = CLIPModelWithStem.from_pretrained(name_or_path, output_loading_info=True, **kwargs)
+    missing = sorted(info["missing_keys"])
+    if missing and not allow_missing_keys:
+        raise ValueError(
+            f"{name_or_path} leaves {len(missing)} weights of a CLIP unset ({', '.join(missing[:5])}"
+            f"{', ...' if len(missing) > 5 else ''}): it is incomplete, or holds something else."
+        )
+    return (model, info) if output_loading_info else model
 
 
 def split_clip_config(config: CLIPConfig) -> tuple[CLIPConfig, dict[str, Any] | None]:

@@ -12,6 +12,7 @@ from transformers import AutoProcessor
 from ..auto import AutoModelForOpenVocabularySegmentation
 from ..data.datasets import load_segmentation_data
 from ..data.labelled_pictures import SegmentationData
+from ..download_errors import loading_explained
 from ..evaluation.prediction import evaluate
 from ..metrics import SegmentationScores
 from ..strict_mapping import RecipeError, from_mapping
@@ -67,7 +68,8 @@ def fine_tuning_recipe(
     eval_split = others[0] if others and pictures is None else None
     if used < 2:
         raise RecipeError(f"{data} has {used} labelled picture(s) in split {train_split!r}; fine-tuning takes two.")
-    size = AutoProcessor.from_pretrained(model).image_processor.size
+    with loading_explained(model):
+        size = AutoProcessor.from_pretrained(model).image_processor.size
     side = short_side or size.get("shortest_edge") or min(size["height"], size["width"])
     window = {"height": side, "width": side * 4 // 3}
     longest = {} if size.get("longest_edge") is None else {"longest_edge": max(size["longest_edge"], 4 * side)}

@@ -48,7 +48,6 @@ HUB_ARGUMENTS = (
 IGNORED_ARGUMENTS = (
     "adapter_kwargs",
     "trust_remote_code",
-    "allow_missing_keys",
     "_from_auto",
     "_from_pipeline",
     "task",
@@ -72,12 +71,13 @@ def load_plain_clip(model_class: Any, source: str | os.PathLike, clip_config: CL
 
     Raises:
         TypeError: an argument that is neither.
-        ValueError: `device_map` or `quantization_config`.
+        ValueError: `device_map` or `quantization_config`; a CLIP of which weights are missing.
     """
     hub = {name: arguments.pop(name) for name in HUB_ARGUMENTS if name in arguments}
     dtype = arguments.pop("dtype", arguments.pop("torch_dtype", None))
     attention = arguments.pop("attn_implementation", None) or clip_config._attn_implementation
     wants_info = arguments.pop("output_loading_info", False)
+    allow_missing_keys = arguments.pop("allow_missing_keys", False)
     for name in IGNORED_ARGUMENTS:
         arguments.pop(name, None)
     for name in ("device_map", "quantization_config"):
@@ -88,7 +88,9 @@ def load_plain_clip(model_class: Any, source: str | os.PathLike, clip_config: CL
     known = {field.name for field in fields(DeOPConfig)} - {"clip_config", "clip_stem"}
     if unknown := sorted(set(arguments) - known):
         raise TypeError(f"A plain CLIP is loaded as {model_class.__name__}, which does not take {', '.join(unknown)}.")
-    clip = load_clip(source, config=clip_config, **hub, **({} if dtype is None else {"dtype": dtype}))
+    if dtype is not None:
+        hub["dtype"] = dtype
+    clip, info = load_clip(source, allow_missing_keys, True, config=clip_config, **hub)
     model = model_class.from_clip(clip, **{"proposals": "none", **TRAINING_FREE, **arguments}).to(clip.dtype).eval()
     if attention is not None:
         model.set_attn_implementation(attention)
@@ -98,7 +100,6 @@ def load_plain_clip(model_class: Any, source: str | os.PathLike, clip_config: CL
         f"is far less accurate than a trained model. Its processor: DeOPProcessor.from_clip({str(source)!r}).",
         stacklevel=3,
     )
-    info = {"missing_keys": set(), "unexpected_keys": set(), "mismatched_keys": set(), "error_msgs": []}
     return (model, info) if wants_info else model
 
 
