@@ -1,6 +1,8 @@
 """Train a small Segment Anything on the regions of synthetic scenes, and measure it on scenes that it never saw.
 
 python examples/train_sam.py --recipe examples/recipes/sam_scenes.yaml --output sam_scenes --seed 0
+
+A run that was killed continues when the same command is started again.
 """
 
 from __future__ import annotations
@@ -14,6 +16,8 @@ from pathlib import Path
 
 from ov_segmentation import ledger
 from ov_segmentation.strict_mapping import RecipeError
+from ov_segmentation.training.checkpointing import CheckpointError
+from ov_segmentation.training.run_folder import RunFolderError
 from ov_segmentation.training.sam_training import SamRecipe, train_sam
 
 
@@ -31,7 +35,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (OSError, RecipeError) as error:
         sys.exit(f"{options.recipe}: {error}")
     code = ledger.revision()
-    figures = train_sam(recipe, options.output, options.seed)
+    try:
+        figures = train_sam(recipe, options.output, options.seed)
+    except (CheckpointError, RunFolderError) as error:
+        # the message says what to do; a traceback would bury it
+        sys.exit(f"{type(error).__name__}: {error}")
     print(json.dumps(figures, indent=1))
     if options.ledger is not None:
         given = sys.argv[1:] if arguments is None else arguments

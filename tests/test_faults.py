@@ -18,7 +18,7 @@ import yaml
 from datasets import Dataset, DatasetDict, Features, Value
 from PIL import Image
 
-from examples import evaluate, mine_mask_pairs, prepare_dataset, segment_dataset, train, train_clip
+from examples import evaluate, mine_mask_pairs, prepare_dataset, segment_dataset, train, train_clip, train_sam
 from examples import train_mask_adapted_clip as adapt_clip
 from ov_segmentation.data.class_names import segmentation_features
 from ov_segmentation.data.mask_pairs import mask_picture, pair_features
@@ -328,3 +328,35 @@ def test_training_of_clip_on_a_full_disk(clip_recipe, tmp_path):
     assert "checkpoint.pt could not be written" in done.output and "make room" in done.output
     assert "Traceback" not in done.output
     assert (out / "checkpoint.pt").read_bytes() == saved
+
+
+@pytest.fixture
+def sam_recipe(tmp_path):
+    model = {
+        "vision_config": {
+            "hidden_size": 16, "output_channels": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "mlp_dim": 16,
+            "image_size": 48, "patch_size": 6, "num_pos_feats": 4, "window_size": 0, "global_attn_indexes": [0],
+        },
+        "prompt_encoder_config": {
+            "hidden_size": 8, "image_size": 48, "patch_size": 6, "image_embedding_size": 8, "mask_input_channels": 4,
+        },
+        "mask_decoder_config": {"hidden_size": 8, "mlp_dim": 8, "num_attention_heads": 2, "iou_head_hidden_dim": 8},
+    }  # fmt: skip
+    values = {"model": model, "scene_size": 48, "batch_size": 2, "steps": 5, "eval_scenes": 8}
+    values |= {"log_every": 2, "checkpoint_every": 1, "eval_every": 4}
+    file = tmp_path / "sam.yaml"
+    file.write_text(yaml.safe_dump(values))
+    return file
+
+
+def test_training_of_sam_survives_kills_and_saves_on_sigterm(sam_recipe, tmp_path):
+    command = ["--recipe", str(sam_recipe), "--output"]
+    try_moments(lambda out: train_sam.main([*command, str(out)]), tmp_path, trained, most=4)
+    stopped = tmp_path / "stopped"
+    done = kills.run(lambda: train_sam.main([*command, str(stopped)]), stopped, 6, signal.SIGTERM)
+    assert (done.signal, done.code) == (None, 143), done.output
+    assert (stopped / "checkpoint.pt").is_file() and not (stopped / "model.safetensors").exists()
+    assert kills.run(lambda: train_sam.main([*command, str(stopped)]), stopped).code == 0
+    assert trained(stopped) == trained(tmp_path / "whole")
+    other = kills.run(lambda: train_sam.main([*command, str(stopped), "--seed", "1"]), stopped)
+    assert other.code == 1 and "differ in seed" in other.output

@@ -29,7 +29,7 @@ from ..data.scene_vocabulary import SceneVocabulary
 from ..data.scenes import SceneGenerator
 from ..layers.clip_stem import CLIPModelWithStem
 from ..layers.convnext_clip import ConvNextCLIPConfig, ConvNextCLIPModel
-from .contrastive_checkpoint import ContrastiveFolder
+from .one_file_checkpoint import OneFileFolder
 from .run import TERMINATED, Terminated, termination_flag
 from .scene_crops import SceneCrops
 from .zero_shot import ZeroShotBank, zero_shot_accuracy
@@ -211,7 +211,7 @@ def train_clip(
     output = Path(output)
     identity = {**asdict(recipe), "seed": seed} | ({} if minutes is None else {"minutes": minutes})
     del identity["checkpoint_every"]
-    folder = ContrastiveFolder(output, identity)
+    folder = OneFileFolder(output, identity)
     result = folder.claim()
     if result is not None:
         return result
@@ -233,7 +233,7 @@ def train_clip(
     scenes = SceneGenerator(vocabulary, seed=2 * seed, tiers=recipe.tiers, **scene_options)
     crops = SceneCrops(scenes, crop_size=recipe.crop_size, refreshed=state.step // recipe.refresh_every, **recipe.crops)
     start, cpu_start = time.monotonic() - state.seconds, time.process_time() - state.cpu_seconds
-    _write_log(output, state.lines)
+    write_log(output, state.lines)
     limit = math.inf if minutes is None else 60 * minutes
     last = recipe.steps if minutes is None else math.inf
     with termination_flag() as stop, tqdm(total=recipe.steps, initial=state.step, disable=not progress_bar) as bar:
@@ -265,7 +265,7 @@ def train_clip(
                 }
                 state.lines.append(line | ({"is_last": True} if is_last else {}))
                 state.losses.clear()
-                _write_log(output, state.lines)
+                write_log(output, state.lines)
             if is_last or stop[0] or state.step % recipe.checkpoint_every == 0:
                 state.seconds, state.cpu_seconds = time.monotonic() - start, time.process_time() - cpu_start
                 folder.save(state, **parts)
@@ -277,7 +277,8 @@ def train_clip(
     return result
 
 
-def _write_log(output: Path, lines: Sequence[dict[str, Any]]) -> None:
+def write_log(output: Path, lines: Sequence[dict[str, Any]]) -> None:
+    """Replace the log by these lines."""
     write_atomically(output / LOG_FILE, "".join(json.dumps(_shown(line)) + "\n" for line in lines))
 
 

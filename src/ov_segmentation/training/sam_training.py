@@ -10,7 +10,6 @@ What minutes on a CPU need beside that is in [`init_for_short_training`] and in 
 from __future__ import annotations
 
 import copy
-import json
 import math
 import time
 from contextlib import nullcontext
@@ -32,7 +31,9 @@ from ..data.scenes import MAX_OBJECTS, SceneBatch, SceneGenerator
 from ..layers.initialization import init_torch_defaults
 from ..layers.sam_blocks import init_prompt_encoder
 from ..strict_mapping import from_mapping
-from .contrastive import LOG_FILE, learning_rate_factor, parameter_groups
+from .contrastive import learning_rate_factor, parameter_groups, write_log
+from .one_file_checkpoint import OneFileFolder
+from .run import TERMINATED, Terminated, termination_flag
 
 PROMPTS = ("points", "box", "mask")
 # kinds of prompts in the steps of a training: masks are learnt first
@@ -68,6 +69,7 @@ class SamRecipe:
         attention: attention implementation while training; "eager" is twice as fast on a CPU.
         autocast: None or "bfloat16".
         log_every: steps between lines of the log.
+        checkpoint_every: steps between checkpoints, from which a run continues; changes no result.
         eval_every: steps between evaluations on a quarter of the scenes.
         eval_scenes: scenes of the evaluation.
     """
@@ -90,6 +92,7 @@ class SamRecipe:
     attention: str = "eager"
     autocast: str | None = None
     log_every: int = 50
+    checkpoint_every: int = 50
     eval_every: int = 250
     eval_scenes: int = 256
 
@@ -264,6 +267,9 @@ def mask_iou(masks: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 def train_sam(recipe: SamRecipe, output: str | Path, seed: int = 0, progress_bar: bool = True) -> dict[str, Any]:
     """Train, evaluate and save a SAM; equal arguments give equal weights on one machine.
 
+    A run that was killed, or stopped by SIGTERM, continues from its last checkpoint, to the same bits; one that is over
+    is not done again.
+
     Args:
         recipe: what to train.
         output: folder for the model (`SamModel.from_pretrained`), recipe and log (`train_log.jsonl`).
@@ -273,9 +279,19 @@ def train_sam(recipe: SamRecipe, output: str | Path, seed: int = 0, progress_bar
     Returns:
         The last line of the log: step, seconds (wall clock, and of the processor), loss and figures of
         [`evaluate_sam`].
+
+    Raises:
+        RunFolderError: `output` holds a run of another recipe.
+        CheckpointError: a checkpoint could not be written or read.
+        Terminated: SIGTERM came; everything is saved.
     """
     output = Path(output)
-    output.mkdir(parents=True, exist_ok=True)
+    identity = {**asdict(recipe), "seed": seed}
+    del identity["checkpoint_every"]
+    folder = OneFileFolder(output, identity)
+    result = folder.claim()
+    if result is not None:
+        return result
     torch.manual_seed(seed)
     model = build_sam(recipe).train()
     average = copy.deepcopy(model).eval().requires_grad_(False)
@@ -285,33 +301,45 @@ def train_sam(recipe: SamRecipe, output: str | Path, seed: int = 0, progress_bar
     scenes = SceneGenerator(vocabulary, seed=2 * seed, tiers=recipe.tiers, **options)
     groups = parameter_groups(model, recipe.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=recipe.betas)
-    start, cpu_start, losses, line = time.monotonic(), time.process_time(), [], {}
-    (output / "recipe.json").write_text(json.dumps({**asdict(recipe), "seed": seed}, indent=1) + "\n")
-    with (output / LOG_FILE).open("w") as log, tqdm(total=recipe.steps, disable=not progress_bar) as bar:
-        for step in range(recipe.steps):
+    parts = {"model": model, "average": average, "optimizer": optimizer}
+    state = folder.load(**parts)
+    start, cpu_start = time.monotonic() - state.seconds, time.process_time() - state.cpu_seconds
+    write_log(output, state.lines)
+    with termination_flag() as stop, tqdm(total=recipe.steps, initial=state.step, disable=not progress_bar) as bar:
+        # a run that was killed between its last step and its end has only that end before it
+        while state.step < recipe.steps:
+            step = state.step
             factor = learning_rate_factor(step / recipe.steps, step, recipe.warmup_steps, recipe.decay_fraction)
             for group in optimizer.param_groups:
                 group["lr"] = recipe.learning_rate * factor
-            losses.append(_train_step(model, optimizer, scenes, recipe, seed, step))
+            state.losses.append(_train_step(model, optimizer, scenes, recipe, seed, step))
             update_average(average, model, min(recipe.ema_decay, (1 + step) / (10 + step)))
+            state.step += 1
+            is_last = state.step == recipe.steps
             bar.update()
-            if (step + 1) % recipe.log_every == 0 or step + 1 == recipe.steps:
-                bar.set_postfix(loss=f"{losses[-1]:.3f}")
+            if is_last or state.step % recipe.log_every == 0:
+                bar.set_postfix(loss=f"{state.losses[-1]:.3f}")
                 line = {
-                    "step": step + 1,
-                    "scenes": (step + 1) * recipe.batch_size,
+                    "step": state.step,
+                    "scenes": state.step * recipe.batch_size,
                     "seconds": round(time.monotonic() - start, 1),
                     "cpu_seconds": round(time.process_time() - cpu_start, 1),
-                    "loss": sum(losses) / len(losses),
+                    "loss": sum(state.losses) / len(state.losses),
                 }
-                losses.clear()
-                if (step + 1) % recipe.eval_every == 0 or step + 1 == recipe.steps:
-                    count = recipe.eval_scenes // (1 if step + 1 == recipe.steps else 4)
+                state.losses.clear()
+                if is_last or state.step % recipe.eval_every == 0:
+                    count = recipe.eval_scenes // (1 if is_last else 4)
                     line |= evaluate_sam(average, SceneGenerator(vocabulary, seed=2 * seed + 1, **options), count)
-                log.write(json.dumps(line) + "\n")
-                log.flush()
+                state.lines.append(line)
+                write_log(output, state.lines)
+            if is_last or stop[0] or state.step % recipe.checkpoint_every == 0:
+                state.seconds, state.cpu_seconds = time.monotonic() - start, time.process_time() - cpu_start
+                folder.save(state, **parts)
+            if stop[0] and not is_last:
+                raise Terminated(TERMINATED)
     average.save_pretrained(output)
-    return line
+    folder.finish(state.lines[-1])
+    return state.lines[-1]
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""The checkpoint of a contrastive training: one file that is replaced as a whole, so that a kill never spoils it."""
+"""The checkpoint of a training in one process (CLIP, SAM): one file, replaced as a whole, so that no kill spoils it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CHECKPOINT, RECIPE, RESULT = "checkpoint.pt", "recipe.json", "result.json"
 
 
 @dataclass
-class ContrastiveState:
+class OneFileState:
     """What a run knows beside its weights.
 
     Args:
@@ -37,7 +37,7 @@ class ContrastiveState:
     lines: list[dict[str, Any]] = field(default_factory=list)
 
 
-class ContrastiveFolder:
+class OneFileFolder:
     """A run's folder: `recipe.json`, while it goes on `checkpoint.pt`, and at the end `result.json` beside the model.
 
     Args:
@@ -68,7 +68,7 @@ class ContrastiveFolder:
         write_atomically(file, json.dumps(self.identity, indent=1) + "\n")
         return json.loads(result.read_text(encoding="utf-8")) if result.is_file() else None
 
-    def save(self, state: ContrastiveState, **parts: Any) -> None:
+    def save(self, state: OneFileState, **parts: Any) -> None:
         """Replace the checkpoint; `parts` have a `state_dict`.
 
         Raises:
@@ -82,7 +82,7 @@ class ContrastiveFolder:
         except OSError as error:
             raise CheckpointError(full_disk_message(self.path / CHECKPOINT, error)) from error
 
-    def load(self, **parts: Any) -> ContrastiveState:
+    def load(self, **parts: Any) -> OneFileState:
         """Bring `parts` to where the checkpoint was, if there is one.
 
         Raises:
@@ -90,13 +90,13 @@ class ContrastiveFolder:
         """
         file = self.path / CHECKPOINT
         if not file.is_file():
-            return ContrastiveState()
+            return OneFileState()
         try:
             content = torch.load(file, map_location="cpu", weights_only=True)
             for name, part in parts.items():
                 part.load_state_dict(content[name])
             torch.set_rng_state(content["random"])
-            return ContrastiveState(**content["state"])
+            return OneFileState(**content["state"])
         except (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError, pickle.UnpicklingError) as error:
             raise CheckpointError(f"{file} cannot be read ({error}). Delete it to start anew.") from error
 
