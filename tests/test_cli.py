@@ -137,7 +137,7 @@ def doctor(capsys, checkpoint):
     return ending.value.code, capsys.readouterr().out
 
 
-def test_a_whole_checkpoint(whole, capsys):
+def test_a_whole_checkpoint(whole, tmp_path, capsys):
     for checkpoint in (whole, whole / "model.safetensors"):
         code, report = doctor(capsys, checkpoint)
         assert code == 0
@@ -146,6 +146,9 @@ def test_a_whole_checkpoint(whole, capsys):
         assert "4 x 4 and a class token (clip.vision_model.embeddings.position_embedding.weight)" in report
         assert "shortest_edge 32" in report
     assert "No problems found." not in report and str(whole) in report, "it says that the folder is meant"
+    run_folder = Path(shutil.copytree(whole, tmp_path / "run" / "model")).parent
+    code, report = doctor(capsys, run_folder)
+    assert code == 1 and f"the folder of a training run: its checkpoint is {run_folder / 'model'}" in report
 
 
 def test_half_precision_is_told(whole, copied, capsys):

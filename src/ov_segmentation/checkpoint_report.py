@@ -78,6 +78,8 @@ def _examine_folder(report: CheckpointReport, checkpoint: str | Path, revision: 
     path = Path(checkpoint)
     if path.is_dir() and not (path / "config.json").is_file():
         report.problems.append("The folder has no config.json: it is no checkpoint that from_pretrained loads.")
+        if (path / "model" / "config.json").is_file():
+            report.advice.append(f"It is the folder of a training run: its checkpoint is {path / 'model'}")
         originals = sorted(file for file in path.iterdir() if file.suffix in ORIGINAL_SUFFIXES)
         report.advice += [f"It holds {file.name}: try `ov-segment doctor {file}`" for file in originals[:LISTED]]
         return
