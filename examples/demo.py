@@ -1,9 +1,8 @@
 """Segment a picture with a checkpoint that comes with the project: `make demo METHOD=sed`, `python examples/demo.py`.
 
 No network is needed. The checkpoints are small models trained on synthetic scenes of coloured, patterned shapes
-(examples/recipes/<method>_scenes.yaml): they know the words of those scenes, and compositions of them that they never
-saw. They know nothing about photographs: for those, convert or load a checkpoint of a published method. DeOP is shown
-as it is without any training, around the small CLIP that the others were trained around.
+(examples/recipes/, named as the folders in assets/): they know the words of those scenes, and compositions of them that
+they never saw. They know nothing about photographs: for those, convert or load a checkpoint of a published method.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import zipfile
 from email.parser import Parser
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,36 @@ def test_no_forbidden_import(path):
         ):
             imported |= {argument.value for argument in node.args if isinstance(argument, ast.Constant)}
     assert {name.split(".")[0] for name in imported} & FORBIDDEN == set()
+
+
+PACKAGE = ROOT / "src" / "ov_segmentation"
+
+
+def package_imports(path):
+    """Modules of the package that a file of it imports, anywhere in it, as paths below the package."""
+    here = path.relative_to(PACKAGE).parts[:-1]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            above = here[: len(here) + 1 - node.level]
+            yield from [(*above, *node.module.split("."))] if node.module else [(*above, n.name) for n in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == PACKAGE.name:
+            yield tuple(node.module.split(".")[1:]) or ("__init__",)
+
+
+def part(module):
+    """What CONTRIBUTING.md lists: a file of the package itself, a folder, a method."""
+    return "/".join(module[: 2 if module[0] == "models" else 1])
+
+
+def test_imports_make_no_circle_and_methods_import_no_other():
+    needs = {}
+    for path in PACKAGE.rglob("*.py"):
+        own = part(path.relative_to(PACKAGE).with_suffix("").parts)
+        needs.setdefault(own, set()).update({part(module) for module in package_imports(path)} - {own})
+    assert {"layers", "modeling_base"} <= needs["models/san"]
+    assert [name for name in TopologicalSorter(needs).static_order() if name not in needs] == []
+    methods = {name for name in needs if name.startswith("models/")}
+    assert {name: needs[name] & methods for name in methods if needs[name] & methods} == {}
 
 
 def tracked_files():

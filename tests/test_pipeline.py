@@ -137,6 +137,20 @@ def test_error_in_a_worker_names_the_picture(segment, dataset, tmp_path):
         list(segment([dataset[0]["image"], str(tmp_path / "no-such-file.png")], num_workers=1))
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_an_error_says_which_of_many_pictures_it_is_about(segment, dataset, num_workers):
+    rows = [*dataset["image"], np.full((8, 8, 3), np.nan, np.float32)]
+    with pytest.raises(ValueError, match=r"picture 4: 192 pixel values are NaN") as caught:
+        segment(rows, num_workers=num_workers)
+    assert "picture 0" not in str(caught.value).splitlines()[-1]
+    with pytest.raises(ValueError, match=r"picture 4: 192 pixel values"):
+        list(segment(iter(rows), num_workers=num_workers))
+    encoded = [{"bytes": content, "path": None} for content in [png(row) for row in rows[:4]] + [b"no picture"]]
+    broken = Dataset.from_dict({"image": encoded}, features=Features({"image": ImageFeature()}))
+    with pytest.raises(ValueError, match=r"picture 4: cannot identify"):
+        list(segment(broken, num_workers=num_workers))
+
+
 def test_names_per_row(segment, picture):
     features = Features({"image": ImageFeature(), "candidate_labels": [Value("string")]})
     encoded = {"bytes": png(picture), "path": None}
@@ -272,6 +286,11 @@ def test_things_that_are_no_pictures(segment, source, error, message):
         segment(source)
 
 
+def test_a_folder_is_no_picture(segment, tmp_path):
+    with pytest.raises(ValueError, match=r"is a folder: give the picture files in it"):
+        segment(tmp_path)
+
+
 # ---------------------------------------------------------------------- names out of the ordinary
 
 
@@ -380,6 +399,7 @@ def test_unknown_options_list_the_known_ones(segment, picture):
     [
         ({"threshold": 1.5}, ValueError, "between 0 and 1"),
         ({"threshold": -0.1}, ValueError, "between 0 and 1"),
+        ({"threshold": "0.5"}, TypeError, "between 0 and 1, got '0.5'"),
         ({"output_type": "polygons"}, ValueError, "masks, map"),
         ({"background": ["roof"]}, ValueError, "'roof'"),
         ({"background": 99}, ValueError, "99"),
@@ -389,6 +409,12 @@ def test_unknown_options_list_the_known_ones(segment, picture):
 def test_options_that_cannot_be_used(segment, picture, options, error, message):
     with pytest.raises(error, match=message):
         segment(picture, **options)
+
+
+@pytest.mark.parametrize("batch_size", [0, -1])
+def test_batches_that_cannot_be_made(segment, picture, batch_size):
+    with pytest.raises(ValueError, match=f"batch_size={batch_size}"):
+        segment([picture], batch_size=batch_size)
 
 
 def test_options_at_construction_hold_until_overridden(picture):

@@ -1,5 +1,7 @@
 """README and model cards say what the ledger says, and hold no measurement typed by hand."""
 
+import ast
+import builtins
 import re
 import sys
 
@@ -38,6 +40,21 @@ def test_no_measurement_is_typed_by_hand(path):
 def test_links_to_files_lead_somewhere(path):
     targets = re.findall(r"\]\((?!https?:|#)([^)#\s]+)", path.read_text(encoding="utf-8"))
     assert [target for target in targets if not (path.parent / target).exists()] == []
+
+
+def test_snippets_of_the_readme_use_no_name_that_they_do_not_make():
+    text = (readme.ROOT / "README.md").read_text(encoding="utf-8")
+    known = {*dir(builtins), "path", "image", "predicted_maps", "label_maps", "seen_ids"}  # the reader's own
+    blocks = re.findall(r"```python\n(.*?)```", text, re.S)
+    assert len(blocks) >= 4
+    for block in blocks:
+        used = set()
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.Name):
+                (used if isinstance(node.ctx, ast.Load) else known).add(node.id)
+            elif isinstance(node, ast.alias):
+                known.add(node.asname or node.name.split(".")[0])
+        assert used <= known, f"{sorted(used - known)} in:\n{block}"
 
 
 @pytest.fixture

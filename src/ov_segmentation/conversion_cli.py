@@ -85,12 +85,14 @@ def find_variant(rules: ModuleType, checkpoint: Path, clip_checkpoint: Path | No
                 warnings.simplefilter("ignore")
                 rules.convert(checkpoint, make_config(), clip_checkpoint)
         except ConversionError as error:
-            failures.append(f"{name}: {str(error).splitlines()[0]}")
+            # what is wrong, and the first key of which it is true
+            failures.append(f"{name}: {' '.join(line.strip() for line in str(error).splitlines()[:2])}")
         else:
             fitting.append(name)
     if len(fitting) != 1:
         raise ConversionError(
-            f"{checkpoint} fits {len(fitting)} releases: name one with --variant, or give its size with --config.",
+            f"{checkpoint} fits {len(fitting) or 'none of the'} releases: name one with --variant, or give its size "
+            f"with --config.",
             fitting or failures,
         )
     return fitting[0]

@@ -85,6 +85,8 @@ def _locate(source: str | os.PathLike, timeout: float | None) -> Path | BytesIO:
             raise ValueError(f"cannot fetch {text}: {error}") from error
     if os.path.isfile(text):
         return Path(text)
+    if os.path.isdir(text):
+        raise ValueError(f"{text} is a folder: give the picture files in it.")
     encoded = text.partition(",")[2] if text.startswith("data:") else text
     try:
         return BytesIO(base64.b64decode("".join(encoded.split()), validate=True))

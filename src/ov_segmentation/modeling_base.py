@@ -202,10 +202,17 @@ class OpenVocabularySegmentationModel(PushToHub, FromCLIPMixin, PreTrainedModel)
 
     def _switch_value(self, name: str, given: Any) -> Any:
         """The value given, or the config's; in training its `train_<name>`, where there is one."""
-        if not (isinstance(given, str) and given == FROM_CONFIG):
+        if not isinstance(given, str):
             return given
         in_training = f"train_{name}"
-        return getattr(self.config, in_training if self.training and hasattr(self.config, in_training) else name)
+        configured = getattr(self.config, in_training if self.training and hasattr(self.config, in_training) else name)
+        if given == FROM_CONFIG:
+            return configured
+        if not isinstance(configured, str):  # any text would count as true
+            raise TypeError(
+                f"{name} takes no text but {FROM_CONFIG!r}, the configuration's value ({configured!r}); got {given!r}."
+            )
+        return given
 
     def encode_image(
         self,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from functools import lru_cache
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -87,6 +88,8 @@ class OpenVocabularySegmentationPipeline(PushToHub, Pipeline):
         else:
             options["candidate_labels"] = as_vocabulary(options["candidate_labels"])
         threshold = options.get("threshold")
+        if threshold is not None and not isinstance(threshold, Real):
+            raise TypeError(f"threshold is a number between 0 and 1, got {threshold!r}.")
         if threshold is not None and not 0 <= threshold <= 1:
             raise ValueError(f"threshold is compared with confidences, which are between 0 and 1; got {threshold}.")
         if options.get("output_type", "masks") not in OUTPUT_TYPES:
@@ -137,7 +140,7 @@ class OpenVocabularySegmentationPipeline(PushToHub, Pipeline):
 
         if is_single(inputs):
             return segment([self.preprocess(inputs, **preprocess)])[0]
-        batch_size = batch_size or self._batch_size or 1
+        batch_size = next(size for size in (batch_size, self._batch_size, 1) if size is not None)
         num_workers = self._num_workers or 0 if num_workers is None else num_workers
         dataset = prepared_dataset(inputs, Preparation(self.processor.image_processor, **preprocess))
         if num_workers > 1 and isinstance(dataset, IterableDataset):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from typing import Any, NamedTuple
@@ -67,7 +68,8 @@ class _PreparedDataset(Dataset):
         return len(self.source)
 
     def __getitem__(self, index: int) -> Prepared:
-        return self.prepare(self.source[index])
+        with _naming(index):
+            return self.prepare(self.source[index])
 
 
 class _PreparedStream(IterableDataset):
@@ -75,7 +77,20 @@ class _PreparedStream(IterableDataset):
         self.source, self.prepare = source, prepare
 
     def __iter__(self) -> Iterator[Prepared]:
-        return map(self.prepare, self.source)
+        for index, item in enumerate(self.source):
+            with _naming(index):
+                prepared = self.prepare(item)
+            yield prepared
+
+
+@contextlib.contextmanager
+def _naming(index: int) -> Iterator[None]:
+    """Say which of many pictures an error is about; the image processor, which sees one at a time, calls it 0."""
+    try:
+        yield
+    except (ValueError, TypeError, OSError) as error:  # a data set decodes its own pictures: PIL's error is an OSError
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"picture {index}: {str(error).removeprefix('picture 0: ')}") from error
 
 
 def prepared_dataset(inputs: Any, prepare: Preparation) -> Dataset:

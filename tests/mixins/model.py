@@ -378,6 +378,10 @@ class ModelTesterMixin:
         model = self.model()
         with pytest.raises(TypeError, match="no_such_switch"):
             model(**self.pictures(), text_embeds=self.text(model), no_such_switch=1)
+        for switch in model.switches | model.picture_switches:
+            # the one switch that takes text refuses this by itself
+            with pytest.raises((TypeError, ValueError), match=f"{switch}.*'false'"):
+                model(**self.pictures(), text_embeds=self.text(model), **{switch: "false"})
 
     def test_refuses_labels_that_do_not_fit(self) -> None:
         model = self.model()

@@ -307,6 +307,15 @@ class TestSANConversion(ConversionTesterMixin):
             weights = {key: torch.zeros(()).expand(shape) for key, (shape, _) in keys.items()}
             assert conversion_cli.find_variant(rules, self.saved(weights, tmp_path / "release.pth")) == variant
 
+    def test_a_checkpoint_of_no_release_is_told_why(self, tmp_path: Path) -> None:
+        rules = importlib.import_module("ov_segmentation.models.san.convert_san")
+        file = self.saved({"strange.weight": torch.zeros(2)}, tmp_path / "strange.pth")
+        with pytest.raises(ValueError, match="fits none of the releases") as caught:
+            conversion_cli.find_variant(rules, file)
+        message = str(caught.value)
+        assert [f"{name}: 1 of 1 keys" in message for name in VARIANTS] == [True, True]
+        assert message.count("Unknown keys: strange.weight") == 2
+
     def test_a_clip_checkpoint_is_refused(self) -> None:
         with pytest.raises(ValueError, match="clip_checkpoint"):
             self.rules.convert(self.checkpoint, self.config(), self.checkpoint)

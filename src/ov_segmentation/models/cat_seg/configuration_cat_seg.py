@@ -11,6 +11,8 @@ from ...layers.configuration_dense_clip import DenseCLIPConfig
 class CATSegConfig(DenseCLIPConfig):
     """Configuration of [`CATSegForOpenVocabularySegmentation`]; the defaults are the released ViT-B/16 model at 384.
 
+    Arguments that are not here, CLIP's among them, are those of `layers.configuration_dense_clip.DenseCLIPConfig`.
+
     Args:
         pad_multiple: pads the picture to multiples of this before it is made square, and so stretches the result a
             little. 32 as in the original, which published weights expect; None keeps the geometry. Whole pictures only.

@@ -26,6 +26,8 @@ class ESCNetConfig(DenseCLIPConfig):
     ViT-L/14 at 336 pixels, skips at a third and two thirds of the image tower, a decoder of two stages, one template,
     the learning rates. Every other default is a decision of ours, which follows CAT-Seg where it could.
 
+    Arguments that are not here, CLIP's among them, are those of `layers.configuration_dense_clip.DenseCLIPConfig`.
+
     Args:
         sam_config: `SamConfig`; its mask decoder gives the width and heads of the SAM blocks. What it says about
             pictures follows `image_size`. (Layer norms have epsilon 1e-5, as in the original SAM; decision.)
