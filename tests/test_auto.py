@@ -15,6 +15,7 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 import ov_segmentation
 from ov_segmentation import AutoModelForOpenVocabularySegmentation
 from ov_segmentation.auto import CLASS_MODULES, METHODS, load_class, register
+from ov_segmentation.download_errors import LoadingError
 from tests.mixins.pipeline import PipelineTesterMixin
 from tests.models import test_san
 
@@ -55,6 +56,12 @@ def test_transformers_knows_the_method(method):
     assert set(backends.values()) == {load_class(method.image_processor)}
     assert set(backends) == {"pil", "torchvision"}
     assert AutoModelForOpenVocabularySegmentation._model_mapping[config_class] is load_class(method.model)
+
+
+def test_a_file_is_no_checkpoint(tmp_path):
+    (tmp_path / "original.pth").write_bytes(b"")
+    with pytest.raises(LoadingError, match=r"a checkpoint is a folder: `ov-segment doctor .*original\.pth`"):
+        AutoModelForOpenVocabularySegmentation.from_pretrained(tmp_path / "original.pth")
 
 
 def test_public_names():

@@ -97,6 +97,8 @@ def test_an_overlay_is_the_default(whole, picture, tmp_path, monkeypatch, capsys
         (("{picture}", "--labels", "road", "--model", "./nothing"), "There is no folder ./nothing, nor is that"),
         (("{picture}", "--labels", "road", "--model", "runs/san"), "runs/san is no folder here, nor (or not all"),
         (("{picture}", "--vocabulary", "camvid_11", "--model", "runs/san"), "runs/san is no folder here"),
+        (("{picture}", "--labels", "road", "--model", "{picture}"), "is a file, and a checkpoint is a folder"),
+        (("{picture}", "--labels", "road", "--device", "cpuu"), "--device cpuu cannot be used here"),
     ],
 )
 def test_bad_input_is_a_message(whole, picture, tmp_path, options, message):

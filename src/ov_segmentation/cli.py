@@ -44,6 +44,7 @@ def segment(arguments: Sequence[str]) -> None:
         for path in filter(None, (options.output, options.label_map, options.json)):
             if not path.parent.is_dir():
                 raise FileNotFoundError(f"There is no folder {path.parent} to write {path.name} to.")
+        check_device(options.device)
         vocabulary = vocabulary_of(options)
         switches = parse_switches(options.set)
         picture, _ = read_image(options.picture)
@@ -68,6 +69,20 @@ def segment(arguments: Sequence[str]) -> None:
     # the message says what to do; a traceback would bury it
     except (OSError, ValueError, TypeError) as error:
         sys.exit(f"ov-segment: {type(error).__name__}: {error}")
+
+
+def check_device(device: str | None) -> None:
+    """Refuse a device that this machine lacks.
+
+    Raises:
+        ValueError: with torch's reason.
+    """
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError) as error:  # a torch without CUDA asserts
+        raise ValueError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from error
 
 
 def doctor(arguments: Sequence[str]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 
 from huggingface_hub import constants
@@ -43,6 +44,8 @@ def _explanation(source: object, error: OSError) -> str | None:
     answered = any(isinstance(e, HfHubHTTPError) for e in causes)
     broken = None if answered else next((e for e in causes if isinstance(e, HTTPError)), None)
     uncached = any(isinstance(e, LocalEntryNotFoundError) for e in causes)
+    if os.path.isfile(str(source)):
+        return f"{source} is a file, and a checkpoint is a folder: `ov-segment doctor {source}` says how to convert it."
     if any(isinstance(e, HFValidationError) for e in causes):
         return f"There is no folder {source}, nor is that an id on the Hub, which is written OWNER/NAME."
     if uncached:

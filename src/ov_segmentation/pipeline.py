@@ -74,6 +74,14 @@ class OpenVocabularySegmentationPipeline(PushToHub, Pipeline):
         self._tokens = lru_cache(CACHED_VOCABULARIES)(self._tokenize)
         super().__init__(model, processor=processor, **kwargs)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # `datasets.map` pickles what its function refers to; a cache of a method cannot be
+        return {name: value for name, value in self.__dict__.items() if name != "_tokens"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._tokens = lru_cache(CACHED_VOCABULARIES)(self._tokenize)
+
     # ------------------------------------------------------------------ options
 
     def _sanitize_parameters(self, **options: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:

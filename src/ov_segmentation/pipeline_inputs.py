@@ -22,7 +22,8 @@ def is_single(inputs: Any) -> bool:
     """Whether `inputs` is one picture (or one dict that holds a picture), not several."""
     if isinstance(inputs, (np.ndarray, torch.Tensor)):
         return inputs.ndim < 4
-    return isinstance(inputs, (str, bytes, os.PathLike, Image.Image, Mapping))
+    # an open file would be iterated over line by line
+    return isinstance(inputs, (str, bytes, os.PathLike, Image.Image, Mapping)) or hasattr(inputs, "read")
 
 
 class Prepared(NamedTuple):
