@@ -8,9 +8,12 @@ from torch import nn
 from transformers import CLIPConfig, CLIPModel
 from transformers.activations import QuickGELUActivation
 
-from ov_segmentation.layers import attention
+from ov_segmentation.layers import attention, fused_convolution, products
+from ov_segmentation.layers.configuration_maskformer import ResNetCConfig
 from ov_segmentation.layers.one_channel import one_channel
 from ov_segmentation.layers.quick_gelu import QuickGELU, replace_quick_gelu
+from ov_segmentation.layers.resnet_c import FrozenBatchNorm, ResNetC
+from ov_segmentation.profiling import CONVOLUTION, MATRIX_PRODUCT, MultiplyAddCounter
 
 from .tiny import tiny_clip_config
 
@@ -63,3 +66,80 @@ def test_tiled_attention(bias_shape: tuple[int, ...] | None, monkeypatch: pytest
     assert attention.prefers_tiles(query.bfloat16())
     monkeypatch.setattr(attention, "SCORES_AT_ONCE", 90_000)  # two heads at a time
     torch.testing.assert_close(attention.tiled_attention(query, key, value, bias), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("contiguous", [True, False])
+def test_products_are_those_of_linear(contiguous: bool) -> None:
+    layer = nn.Linear(200, 300)
+    features = torch.randn(2, 50, 200) if contiguous else torch.randn(2, 200, 50).transpose(1, 2)
+    expected = layer(features)
+    (plain,) = torch.autograd.grad(expected.square().sum(), layer.weight)
+    model = nn.Sequential(layer)
+    products.replace_linear(model)
+    assert isinstance(model[0], products.Linear)
+    assert torch.equal(model(features), expected)  # with gradients
+    (gradient,) = torch.autograd.grad(model(features).square().sum(), layer.weight)
+    assert torch.equal(gradient, plain)
+    with torch.no_grad(), MultiplyAddCounter() as counter:
+        assert products.prefers_onednn(features, layer.weight)
+        torch.testing.assert_close(model(features), expected.detach(), rtol=0, atol=1e-5)
+        weight = layer.weight[:, :150]  # a part of its columns
+        found = products.linear(features[..., :150], weight)
+    assert counter.multiply_adds[MATRIX_PRODUCT] == 100 * 300 * (200 + 150)
+    torch.testing.assert_close(found, nn.functional.linear(features[..., :150], weight.detach()), rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_what_onednn_does_not_multiply() -> None:
+    features, weight = torch.randn(100, 200), torch.randn(300, 200)
+    assert products.prefers_onednn(features, weight)
+    assert not products.prefers_onednn(features[:2], weight)
+    assert not products.prefers_onednn(features.double(), weight.double())
+    assert not products.prefers_onednn(features.to("meta"), weight.to("meta"))
+    with torch.enable_grad():
+        assert not products.prefers_onednn(features, weight)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert products.linear(features, weight).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("bias_shape", [None, (1, 3, 400, 410)])
+@torch.no_grad()
+def test_attention_in_float32_by_products(bias_shape: tuple[int, ...] | None) -> None:
+    query, key, value = (torch.randn(1, 3, length, 16) for length in (400, 410, 410))
+    bias = None if bias_shape is None else torch.randn(bias_shape)
+    assert attention.prefers_tiles(query)
+    expected = nn.functional.scaled_dot_product_attention(query, key, value, bias)
+    torch.testing.assert_close(attention.tiled_attention(query, key, value, bias), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.15)])
+@torch.no_grad()
+def test_resnet_in_fused_convolutions(dtype: torch.dtype, tolerance: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    # as many channels everywhere, and no stride in the last stages: their first blocks have no projection
+    config = ResNetCConfig(
+        stem_channels=16,
+        widths=[4] * 4,
+        out_channels=[16] * 4,
+        depths=[1, 2, 1, 1],
+        stage3_dilation=2,
+        stage4_dilation=4,
+        stage4_multi_grid=[1],
+    )
+    monkeypatch.setattr(fused_convolution, "LEAST_ELEMENTS", 1)
+    backbone = ResNetC(config).eval()
+    for module in backbone.modules():
+        if isinstance(module, FrozenBatchNorm):
+            for buffer in (module.weight, module.bias, module.running_mean):
+                buffer.normal_()
+            module.running_var.uniform_(0.5, 2)
+    backbone.to(dtype)
+    pictures = torch.randn(2, 3, 40, 56).to(dtype)
+    with MultiplyAddCounter() as counter:
+        found = backbone(pictures)
+    monkeypatch.setattr(fused_convolution, "_CONVOLUTION", None)
+    with MultiplyAddCounter() as plain_counter:
+        expected = backbone(pictures)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance * other.abs().max().item())
+    assert counter.multiply_adds[CONVOLUTION] == plain_counter.multiply_adds[CONVOLUTION] > 0
+    assert all(torch.equal(one, other) for one, other in zip(backbone(pictures), expected, strict=True))

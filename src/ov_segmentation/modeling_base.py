@@ -15,6 +15,7 @@ from .configuration_base import OpenVocabularySegmentationConfig
 from .download_errors import loading_explained
 from .from_clip import FromCLIPMixin
 from .layers.clip_stem import CLIPStem, init_clip_stem_weights
+from .layers.products import replace_linear
 from .losses import SeededDraws
 from .modeling_outputs import ImageState, OpenVocabularySegmentationOutput
 from .pushing import PushToHub
@@ -61,6 +62,11 @@ class OpenVocabularySegmentationModel(PushToHub, FromCLIPMixin, PreTrainedModel)
     def __init__(self, config: OpenVocabularySegmentationConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         self._text_cache = TextEmbeddingCache()
+
+    def post_init(self) -> None:
+        """What every constructor ends with."""
+        super().post_init()
+        replace_linear(self)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -38,6 +38,10 @@ class MultiplyAddCounter(TorchDispatchMode):
         if "attention" in str(packet) and "backward" not in str(packet):
             # torch's own table lacks the fused kernels of processors
             self.multiply_adds[ATTENTION] += _attention_multiply_adds(*arguments[:3])
+        elif str(packet).startswith("mkldnn._"):  # see layers/products.py and layers/fused_convolution.py
+            weight = next(one for one in reversed(arguments[:3]) if isinstance(one, torch.Tensor) and one.ndim > 1)
+            kind = CONVOLUTION if "convolution" in str(packet) else MATRIX_PRODUCT
+            self.multiply_adds[kind] += result.numel() * weight.shape[1:].numel()
         elif packet in flop_registry:
             kind = CONVOLUTION if "conv" in str(packet) else MATRIX_PRODUCT
             self.multiply_adds[kind] += flop_registry[packet](*arguments, **keywords, out_val=result) // 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import re
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch.nn.functional import interpolate, normalize
 
+from ov_segmentation.layers import fused_convolution
 from ov_segmentation.layers.severance import token_masks
 from ov_segmentation.losses import Prediction, masks_from_labels, sum_losses
 from ov_segmentation.modeling_outputs import OpenVocabularySegmentationOutput
@@ -409,6 +411,20 @@ def test_proposals_end_to_end(folder: Path) -> None:
     case, expected = DeOPCase.load(folder), DeOPCase.load(folder).expected["proposal.mask_logits"]
     assert_close(case.outputs("eager").masks_queries_logits, expected, 1e-4)
     assert_close(case.outputs("sdpa").masks_queries_logits, expected, 2e-5 * expected.abs().max().item())
+
+
+@each_case("deop", "case")
+@torch.no_grad()
+def test_proposals_with_fused_convolutions(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What float32 leaves open is the distance between the recording and the same network in float64; the fast path,
+    which pictures of this size do not take by themselves, is no farther away."""
+    case = DeOPCase.load(folder)
+    network, pictures = case.model.proposal_network, case.batch["pixel_values"]
+    exact = copy.deepcopy(network).double()(pictures.double())[-1].mask_logits
+    monkeypatch.setattr(fused_convolution, "LEAST_ELEMENTS", 1)
+    fused = network(pictures)[-1].mask_logits
+    recorded = case.expected["proposal.mask_logits"].double()
+    assert (fused - exact).abs().max() <= (recorded - exact).abs().max()
 
 
 @each_case("deop", "case")

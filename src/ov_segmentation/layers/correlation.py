@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
+from . import products
+
 
 def correlation(dense_features: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
     """Cosine of every position with every prompt.
@@ -20,7 +22,9 @@ def correlation(dense_features: torch.Tensor, text_embeds: torch.Tensor) -> torc
     classes, prompts, _ = text_embeds.shape
     image = F.normalize(dense_features.flatten(2), dim=1)
     text = F.normalize(text_embeds, dim=-1).flatten(0, 1)
-    return (text @ image).view(rows, classes, prompts, height, width)
+    # one product per picture: rows are the pictures of a batch or the views of one
+    cosines = torch.stack([products.linear(text, one.t()) for one in image])
+    return cosines.view(rows, classes, prompts, height, width)
 
 
 def strongest_classes(cost: torch.Tensor, max_classes: int) -> torch.Tensor:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.nn import functional as F
+
+from . import products
 
 
 def guided_linear(linear: nn.Linear, features: torch.Tensor, guidance: torch.Tensor) -> torch.Tensor:
     """linear([features, guidance]): `[..., C]` and a broadcastable `[..., G]` -> `[..., out_features]`."""
     channels = features.shape[-1]
-    shared = F.linear(guidance, linear.weight[:, channels:], linear.bias)
-    return F.linear(features, linear.weight[:, :channels]) + shared
+    shared = products.linear(guidance, linear.weight[:, channels:], linear.bias)
+    return products.linear(features, linear.weight[:, :channels]) + shared

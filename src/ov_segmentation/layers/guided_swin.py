@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from transformers import PreTrainedConfig
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from . import products
 from .attention import attend, split_heads
 from .pieces import in_pieces
 
@@ -72,7 +72,7 @@ class GuidedWindowAttention(nn.Module):
     def shares(self, guidance: torch.Tensor) -> torch.Tensor:
         """What the guidance `[..., G]` adds to queries and keys side by side: `[..., 2 C]`."""
         channels = self.value.in_features
-        return F.linear(guidance, torch.cat([part.weight[:, channels:] for part in (self.query, self.key)]))
+        return products.linear(guidance, torch.cat([part.weight[:, channels:] for part in (self.query, self.key)]))
 
     def forward(self, windows: torch.Tensor, shares: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
         """Attend.
@@ -87,7 +87,7 @@ class GuidedWindowAttention(nn.Module):
         """
         channels, parts = windows.shape[-1], (self.query, self.key, self.value)
         weight = torch.cat([part.weight[:, :channels] for part in parts])
-        packed = F.linear(windows, weight, torch.cat([part.bias for part in parts]))
+        packed = products.linear(windows, weight, torch.cat([part.bias for part in parts]))
         packed[..., : 2 * channels] += shares
         query, key, value = (split_heads(part.flatten(0, 2), self.num_heads) for part in packed.chunk(3, dim=-1))
         if attention_mask is not None:

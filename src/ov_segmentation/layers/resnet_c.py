@@ -14,6 +14,7 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .configuration_maskformer import NUM_STAGES, ResNetCConfig
+from .fused_convolution import can_fuse, fused_convolution
 
 
 class FrozenBatchNorm(nn.Module):
@@ -31,6 +32,11 @@ class FrozenBatchNorm(nn.Module):
         """`[B, C, h, w]` to the same shape."""
         return batch_norm(features, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
 
+    def affine(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scale and shift of each channel, float32 `[C]`."""
+        scale = self.weight.float() * (self.running_var.float() + self.eps).rsqrt()
+        return scale, self.bias.float() - self.running_mean.float() * scale
+
     @torch.no_grad()
     def reset(self) -> None:
         """The identity, except for `eps`."""
@@ -39,7 +45,7 @@ class FrozenBatchNorm(nn.Module):
 
 
 class ConvNorm(nn.Module):
-    """Convolution without bias, then the frozen norm; `same` padding."""
+    """Convolution without bias, then the frozen norm, and if wanted a sum and a ReLU; `same` padding."""
 
     def __init__(self, channels_in: int, channels: int, kernel_size: int, stride: int = 1, dilation: int = 1) -> None:
         super().__init__()
@@ -47,18 +53,37 @@ class ConvNorm(nn.Module):
         self.conv = nn.Conv2d(channels_in, channels, kernel_size, stride, padding, dilation, bias=False)
         self.norm = FrozenBatchNorm(channels)
 
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """`[B, C, h, w]` to `[B, channels, h / stride, w / stride]`."""
-        return self.norm(self.conv(features))
+    def forward(
+        self, features: torch.Tensor, rectifies: bool = False, added: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """`[B, C, h, w]` to `[B, channels, h / stride, w / stride]`; `added`, of that shape, may be overwritten."""
+        if can_fuse(features):
+            return fused_convolution(self.conv, *self.norm.affine(), features, rectifies, added)
+        hidden = self.norm(self.conv(features))
+        if added is not None:
+            hidden += added
+        return hidden.relu_() if rectifies else hidden
 
 
 class Bottleneck(GradientCheckpointingLayer):
-    """1x1, 3x3, 1x1 with a shortcut (He et al., 2016, figure 5)."""
+    """1x1, 3x3, 1x1 with a shortcut (He et al., 2016, figure 5).
+
+    Args:
+        keeps_input: whether its input is read by others too and must not be overwritten.
+    """
 
     def __init__(
-        self, channels_in: int, width: int, channels: int, stride: int, dilation: int, stride_in_1x1: bool
+        self,
+        channels_in: int,
+        width: int,
+        channels: int,
+        stride: int,
+        dilation: int,
+        stride_in_1x1: bool,
+        keeps_input: bool,
     ) -> None:
         super().__init__()
+        self.keeps_input = keeps_input
         first, second = (stride, 1) if stride_in_1x1 else (1, stride)
         self.conv1 = ConvNorm(channels_in, width, 1, first)
         self.conv2 = ConvNorm(width, width, 3, second, dilation)
@@ -68,9 +93,11 @@ class Bottleneck(GradientCheckpointingLayer):
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """`[B, C, h, w]` to `[B, channels, h / stride, w / stride]`."""
-        hidden = self.conv3(self.conv2(self.conv1(features).relu_()).relu_())
-        hidden += self.shortcut(features)
-        return hidden.relu_()
+        hidden = self.conv2(self.conv1(features, rectifies=True), rectifies=True)
+        shortcut = self.shortcut(features)
+        if self.keeps_input and shortcut is features:
+            shortcut = features.clone()
+        return self.conv3(hidden, rectifies=True, added=shortcut)
 
 
 class ResNetC(nn.Module):
@@ -94,7 +121,9 @@ class ResNetC(nn.Module):
                 stride = 2 if index == 0 and stage > 0 and dilations[stage] == 1 else 1
                 dilation = dilations[stage] * grid[index]
                 width, channels = config.widths[stage], config.out_channels[stage]
-                blocks.append(Bottleneck(channels_in, width, channels, stride, dilation, config.stride_in_1x1))
+                blocks.append(
+                    Bottleneck(channels_in, width, channels, stride, dilation, config.stride_in_1x1, index == 0)
+                )
                 channels_in = channels
             self.stages.append(nn.Sequential(*blocks))
 
@@ -111,13 +140,14 @@ class ResNetC(nn.Module):
     def forward(self, pixel_values: torch.Tensor) -> list[torch.Tensor]:
         """`[B, 3, H, W]` to the outputs of the four stages."""
         hidden = pixel_values
-        if hidden.dtype != torch.float32 and not torch.is_grad_enabled():  # a seventh faster in bfloat16
+        if can_fuse(hidden):
             hidden = hidden.contiguous(memory_format=torch.channels_last)
         for layer in self.stem:
-            hidden = layer(hidden).relu_()
+            hidden = layer(hidden, rectifies=True)
         hidden = self.pool(hidden)
         maps = []
         for stage in self.stages:
             hidden = stage(hidden)
             maps.append(hidden)
-        return maps
+        # GroupNorm, which reads them, loses two digits with channels last
+        return [one.contiguous() for one in maps]
