@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import AutoTokenizer, CLIPTokenizer, PreTrainedConfig, PreTrainedModel
 
 from .auto import METHODS, Method, load_class
 from .conversion import ConversionError
@@ -42,7 +42,7 @@ def run(model_type: str) -> None:
     """`main` for scripts: what is wrong with a file is a message, which a traceback would bury."""
     try:
         main(model_type)
-    except (ConversionError, FileNotFoundError, HubError) as error:
+    except (ConversionError, OSError, HubError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
 
 
@@ -101,7 +101,7 @@ def find_variant(rules: ModuleType, checkpoint: Path, clip_checkpoint: Path | No
 def _tokenizer(given: str | None, default: str) -> Any | None:
     """The tokenizer asked for, or the default one where it can be had."""
     if given is not None:
-        return AutoTokenizer.from_pretrained(given)
+        return _given_tokenizer(given)
     try:
         return AutoTokenizer.from_pretrained(default)
     except OSError:
@@ -111,6 +111,24 @@ def _tokenizer(given: str | None, default: str) -> Any | None:
             stacklevel=2,
         )
         return None
+
+
+def _given_tokenizer(place: str) -> Any:
+    """The tokenizer of a folder or Hub id; a folder of OpenAI's two files alone, which name no class, is CLIP's.
+
+    Raises:
+        ConversionError: a folder without a tokenizer.
+    """
+    files = {file.name for file in Path(place).glob("*") if file.suffix in (".json", ".txt")}
+    if files == {"vocab.json", "merges.txt"}:
+        return CLIPTokenizer.from_pretrained(place)
+    try:
+        return AutoTokenizer.from_pretrained(place)
+    except ValueError as error:
+        raise ConversionError(
+            f"There is no tokenizer in {place}: it holds what CLIPTokenizer.save_pretrained writes, or vocab.json and "
+            f"merges.txt."
+        ) from error
 
 
 def image_processor_of(method: Method, rules: ModuleType, config: PreTrainedConfig) -> Any:

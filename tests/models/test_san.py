@@ -18,12 +18,12 @@ from torch import nn
 from ov_segmentation import conversion_cli
 from ov_segmentation.losses import sum_losses
 from ov_segmentation.models.san.configuration_san import SANConfig
-from ov_segmentation.models.san.convert_san import VARIANTS, map_keys
+from ov_segmentation.models.san.convert_san import DEFAULT_TOKENIZER, VARIANTS, map_keys
 from ov_segmentation.models.san.modeling_san import SANForOpenVocabularySegmentation
 from ov_segmentation.profiling import count_model
 from tests.mixins.conversion import ConversionTesterMixin
 from tests.mixins.model import FromCLIPTesterMixin, ModelTesterMixin
-from tests.tiny import tiny_clip_config
+from tests.tiny import TOKENIZER, tiny_clip_config
 
 FIXTURES = Path(__file__).parent.parent / "fixtures" / "san"
 SMALL_SIDE = {
@@ -315,6 +315,19 @@ class TestSANConversion(ConversionTesterMixin):
         message = str(caught.value)
         assert [f"{name}: 1 of 1 keys" in message for name in VARIANTS] == [True, True]
         assert message.count("Unknown keys: strange.weight") == 2
+
+    def test_a_folder_of_the_two_files_of_openai_is_a_tokenizer(self, tmp_path: Path) -> None:
+        (tmp_path / "vocab.json").write_text(json.dumps(TOKENIZER.get_vocab()))
+        (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+        (tmp_path / "README.md").write_text("whose they are")
+        read = conversion_cli._tokenizer(str(tmp_path), DEFAULT_TOKENIZER)
+        assert type(read) is type(TOKENIZER)
+        assert read("a road")["input_ids"] == TOKENIZER("a road")["input_ids"]
+
+    def test_a_folder_without_a_tokenizer_is_told(self, tmp_path: Path) -> None:
+        (tmp_path / "vocab.txt").write_text("road")
+        with pytest.raises(ValueError, match=r"There is no tokenizer in .*merges\.txt"):
+            conversion_cli._tokenizer(str(tmp_path), DEFAULT_TOKENIZER)
 
     def test_a_clip_checkpoint_is_refused(self) -> None:
         with pytest.raises(ValueError, match="clip_checkpoint"):
