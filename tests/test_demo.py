@@ -63,6 +63,15 @@ def test_every_bundled_method_reads_names(method: str) -> None:
     assert found["blue plain circle"] > 0.9 and found["red striped star"] < 0.1
 
 
+@pytest.mark.parametrize("method", CHECKPOINTS)
+def test_every_bundled_method_takes_windows(method: str) -> None:
+    """Windows of a scene's own size over the magnified scene: the blue circle is found again."""
+    names = [name.strip() for name in demo.LABELS.split(",")]
+    picture, _ = read_image(str(ASSETS / "scene.png"))
+    result = demo.load(method)(picture, candidate_labels=names, output_type="map", sliding_window=True)
+    assert (result["segmentation"][BLUE_CIRCLE] == names.index("blue plain circle")).mean() > 0.9
+
+
 def test_demo_prints_a_table_and_draws_an_overlay(tmp_path: Path) -> None:
     printed = run("examples/demo.py", "--output", tmp_path / "demo.png")
     assert "purple checkered star" in printed and "confidence" in printed
