@@ -149,6 +149,8 @@ def test_a_whole_checkpoint(whole, tmp_path, capsys):
         assert "shortest_edge 32" in report
     assert "No problems found." not in report and str(whole) in report, "it says that the folder is meant"
     run_folder = Path(shutil.copytree(whole, tmp_path / "run" / "model")).parent
+    with pytest.raises(SystemExit, match="is the folder of a training run: its checkpoint is "):
+        run(tmp_path / "none.png", "--vocabulary", "camvid_11", "--model", run_folder)
     code, report = doctor(capsys, run_folder)
     assert code == 1 and f"the folder of a training run: its checkpoint is {run_folder / 'model'}" in report
 

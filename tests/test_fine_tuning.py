@@ -28,6 +28,7 @@ from ov_segmentation.training.loop import Terminated, train, training_pictures
 from ov_segmentation.training.recipe import DataRecipe, Recipe, load_recipe, recipe_hash, recipe_values
 from ov_segmentation.training.run import deepspeed_values
 from ov_segmentation.training.trackers import read_log
+from tools.run_notebook import run_cell
 
 from .test_training import brief, forget_accelerate, send_during_step
 from .training_runs import NAMES, ROOT, tiny_recipe, write_pictures, write_recipe
@@ -222,18 +223,25 @@ def code_cells() -> list[dict[str, Any]]:
     return [cell for cell in json.loads(NOTEBOOK.read_text())["cells"] if cell["cell_type"] == "code"]
 
 
-def test_the_notebook_runs(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("own", [False, True], ids=["splits", "own folder"])
+def test_the_notebook_runs(
+    own: bool, pictures: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its cells, in one namespace, with small values in the place of those in its cell of parameters."""
     monkeypatch.chdir(NOTEBOOK.parent)
-    values = {"DATA": str(pictures), "NAMES": NAMES, "IGNORED": 255, "OUTPUT": str(tmp_path / "run")}
-    values |= {"PICTURES": 5, "SHORT_SIDE": 32, "STEPS": 2}
+    values = {"DATA": str(pictures), "NAMES": NAMES, "PICTURES": 5, "TEST_SPLIT": "val"}
+    if own:
+        values = {"DATA": str(folder), "NAMES": None, "PICTURES": None, "TEST_SPLIT": None}
+    values |= {"IGNORED": 255, "OUTPUT": str(tmp_path / "run"), "SHORT_SIDE": 32, "STEPS": 2}
     namespace: dict[str, Any] = {}
+    printed = ""
     for cell in code_cells():
-        exec("".join(cell["source"]), namespace)
+        printed += run_cell("".join(cell["source"]), namespace)
         if "parameters" in cell["metadata"].get("tags", []):
             assert values.keys() <= namespace.keys()
             namespace.update(values)
     assert (tmp_path / "run/model/config.json").is_file()
+    assert "held-out pictures: mIoU" in printed and ("mIoU " in printed.partition("CPU minutes")[2]) == (not own)
 
 
 def test_the_notebook_shows_results_and_no_paths_of_a_machine() -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator
+from pathlib import Path
 
 from huggingface_hub import constants
 from huggingface_hub.errors import (
@@ -21,8 +21,8 @@ class LoadingError(FileNotFoundError):
 
 @contextlib.contextmanager
 def loading_explained(source: object) -> Iterator[None]:
-    """Raise a `LoadingError` in the place of an OSError behind which there is no such folder, nothing in the cache, or
-    a connection that broke off; what transformers says well enough passes.
+    """Raise a `LoadingError` in the place of an error behind which there is no such folder, a training run's folder,
+    nothing in the cache, or a connection that broke off; what transformers says well enough passes.
 
     Args:
         source: folder or Hub id that is loaded.
@@ -31,20 +31,23 @@ def loading_explained(source: object) -> Iterator[None]:
         yield
     except LoadingError:
         raise
-    except OSError as error:
+    except (OSError, ValueError) as error:
         message = _explanation(source, error)
         if message is None:
             raise
         raise LoadingError(message) from error
 
 
-def _explanation(source: object, error: OSError) -> str | None:
+def _explanation(source: object, error: OSError | ValueError) -> str | None:
+    folder = Path(str(source))
+    if (folder / "model" / "config.json").is_file() and not (folder / "config.json").is_file():
+        return f"{source} is the folder of a training run: its checkpoint is {folder / 'model'}."
     causes = _causes(error)
     # a status, behind which the library's own error stands too, is an answer and no broken connection
     answered = any(isinstance(e, HfHubHTTPError) for e in causes)
     broken = None if answered else next((e for e in causes if isinstance(e, HTTPError)), None)
     uncached = any(isinstance(e, LocalEntryNotFoundError) for e in causes)
-    if os.path.isfile(str(source)):
+    if folder.is_file():
         return f"{source} is a file, and a checkpoint is a folder: `ov-segment doctor {source}` says how to convert it."
     if any(isinstance(e, HFValidationError) for e in causes):
         return f"There is no folder {source}, nor is that an id on the Hub, which is written OWNER/NAME."
