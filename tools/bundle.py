@@ -21,6 +21,7 @@ from ov_segmentation import ledger
 
 MAX_BYTES = 4 * 1024**2
 RESULTS = Path(__file__).resolve().parents[1] / "results"
+SCENES, STANDARD = "scenes.jsonl", "scenes-small-400"
 PROVENANCE = ("command", "seed", "commit")
 # of a training run's folder
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
@@ -70,14 +71,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path, help="folder of the checkpoint")
     parser.add_argument("target", type=Path, help="folder to write; its name is the ledger's, unless --name says it")
-    parser.add_argument("--ledger", default="scenes.jsonl", help="file in results/ that has its figures")
+    parser.add_argument("--ledger", default=SCENES, help="file in results/ that has its figures")
     parser.add_argument("--name", help="what the ledger calls it")
+    parser.add_argument("--seed", type=int, default=0, help="of the training run")
+    parser.add_argument("--protocol", default=STANDARD, help="of the figures in scenes.jsonl")
     options = parser.parse_args()
     name = options.name or options.target.name
     # a CLIP's line has its name in the place of a method's
-    entries = [e for e in ledger.read(RESULTS / options.ledger) if name in (e.get("name"), e.get("method"))]
+    entries = [
+        entry
+        for entry in ledger.read(RESULTS / options.ledger)
+        if name in (entry.get("name"), entry.get("method"))
+        and entry["seed"] == options.seed
+        and (options.ledger != SCENES or entry["protocol"] == options.protocol)
+    ]
     if not entries:
-        sys.exit(f"results/{options.ledger} has no line about {name}: evaluate it first, with --ledger.")
+        wanted = f"{name} with seed {options.seed}"
+        sys.exit(f"results/{options.ledger} has no line about {wanted}: evaluate it first, with --ledger.")
     try:
         size = bundle(options.source, options.target, entries[-1])
     except BundleError as error:
