@@ -219,27 +219,42 @@ def random_text(model: Any, classes: int) -> torch.Tensor:
 
 
 def like_trained(outputs: Any) -> Any:
-    """The outputs with masks and class scores as a trained model of the mask family has them, in place of random ones.
+    """The outputs with masks and class scores as trained models have them, in place of random ones.
 
     Random weights give every query nearly the same mask and classes, so that next to no class could win a pixel and
-    label maps cost nothing: here each query has a region of its own, with soft borders, and classes of its own.
+    label maps cost nothing: here each query has a region of its own, with soft borders, and classes of its own. The
+    maps of the per-class family, which hardly differ from each other either, so that every class could win everywhere,
+    get a region for each class.
     """
-    masks = outputs.masks_queries_logits
+    if outputs.logits is not None:
+        drawn, kept = regions(outputs.logits, 60.0, 8.0, 12.0), outputs.kept_classes
+        outputs.logits = drawn if kept is None else drawn.where(kept[..., None, None], -100)
+        return outputs
+    masks, generator = outputs.masks_queries_logits, torch.Generator().manual_seed(0)
     # proposals of a random SAM: there may be none that pass its filters, and then there is nothing to give a region
     if masks is None or masks.shape[1] < 2:
         return outputs
-    generator = torch.Generator().manual_seed(0)
-    _, queries, height, width = masks.shape
-    rows, columns = (torch.linspace(0, 1, side) for side in (height, width))
-    centres = torch.rand(queries, 2, generator=generator)
-    distance = (rows[:, None] - centres[:, :1, None]).square() + (columns - centres[:, 1:, None]).square()
-    nearest, second = distance.sqrt().topk(2, dim=0, largest=False).values
-    others = torch.where(distance.sqrt() > nearest, nearest, second)
-    outputs.masks_queries_logits = (200 * (others - distance.sqrt())).to(masks.dtype).expand_as(masks).contiguous()
+    outputs.masks_queries_logits = regions(masks, 200.0, 20.0, 20.0)
     scores = outputs.class_queries_scores
     peaked = (4 * torch.randn(scores.shape, generator=generator)).softmax(-1)
     outputs.class_queries_scores = peaked.to(scores.dtype)
     return outputs
+
+
+def regions(like: torch.Tensor, slope: float, highest: float, lowest: float) -> torch.Tensor:
+    """Logits `[B, n, h, w]` of n regions that share the picture among them, between `-lowest` and `highest`.
+
+    `slope`: of the logits at a region's border, per side of the picture.
+    """
+    _, number, height, width = like.shape
+    rows, columns = (torch.linspace(0, 1, side) for side in (height, width))
+    centres = torch.rand(number, 2, generator=torch.Generator().manual_seed(0))
+    distance = (rows[:, None] - centres[:, :1, None]).square() + (columns - centres[:, 1:, None]).square()
+    distance = distance.sqrt_()
+    nearest, second = distance.topk(2, dim=0, largest=False).values
+    others = torch.where(distance > nearest, nearest, second)
+    logits = (slope * (others - distance)).clamp(-lowest, highest)
+    return logits.to(like.dtype).expand_as(like).contiguous()
 
 
 @contextmanager

@@ -90,6 +90,18 @@ def test_products_are_those_of_linear(contiguous: bool) -> None:
 
 
 @torch.no_grad()
+def test_tall_products() -> None:
+    for features in (torch.randn(40, 50, 60), torch.randn(2, 60)):
+        weights = torch.randn(60, 9)[:, ::2]
+        torch.testing.assert_close(products.tall_product(features, weights), features @ weights, rtol=0, atol=1e-5)
+    repeated = torch.randn(60).expand(2000, 60)
+    torch.testing.assert_close(products.tall_product(repeated, weights), repeated @ weights, rtol=0, atol=1e-5)
+    weight = torch.randn(400, 400)[::2, ::2]
+    found = products.linear(repeated[:, :1].expand(2000, 200), weight)
+    torch.testing.assert_close(found, repeated[:, :1].expand(2000, 200) @ weight.t(), rtol=0, atol=1e-4)
+
+
+@torch.no_grad()
 def test_what_onednn_does_not_multiply() -> None:
     features, weight = torch.randn(100, 200), torch.randn(300, 200)
     assert products.prefers_onednn(features, weight)

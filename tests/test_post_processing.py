@@ -369,13 +369,24 @@ def test_half_precision_outputs_are_scored_in_float32():
 def test_interpolation_of_rectangles(source, target):
     maps = torch.randn(*source, 3)
     expected = resize(maps.permute(2, 0, 1), target).permute(1, 2, 0)
-    bilinear = Bilinear(source, target)
+    bilinear = Bilinear((source, target))
     for top in range(0, target[0], 37):
         for left in range(0, target[1], 51):
             rows, columns = (top, min(top + 37, target[0])), (left, min(left + 51, target[1]))
             (r0, r1), (c0, c1) = bilinear.window(rows, columns)
             found = bilinear(maps[r0:r1, c0:c1], rows, columns)
             assert (found - expected[slice(*rows), slice(*columns)]).abs().max() < 2e-6
+
+
+def test_interpolations_in_turn_are_one():
+    maps, steps = torch.randn(10, 13, 3), (((10, 13), (40, 52)), ((35, 50), (61, 77)))
+    once = resize(maps.permute(2, 0, 1), steps[0][1])[:, :35, :50]
+    expected = resize(once, steps[1][1]).permute(1, 2, 0)
+    bilinear = Bilinear(*steps)
+    for rows, columns in (((0, 61), (0, 77)), ((3, 20), (40, 77)), ((60, 61), (0, 1))):
+        (r0, r1), (c0, c1) = bilinear.window(rows, columns)
+        found = bilinear(maps[r0:r1, c0:c1], rows, columns)
+        assert (found - expected[slice(*rows), slice(*columns)]).abs().max() < 2e-6
 
 
 def brute_force_undominated(weights):

@@ -39,7 +39,7 @@ def region_scores(
         for (field, _), region in zip(score_fields(outputs, sizes, resizes_mask_logits), regions, strict=True):
             height, width = region.shape
             region = region.to(field.device)
-            resize = Bilinear(field.size, (height, width))
+            resize = Bilinear((field.size, (height, width)))
             sums = torch.zeros(int(region.max()) + 1, num_classes, dtype=torch.float64, device=field.device)
             step = max(1, _BYTES_AT_ONCE // (4 * width * num_classes))
             for top in range(0, height, step):

@@ -37,14 +37,42 @@ class _Axis:
         return self._matrices[span, device]
 
 
+class _Chain:
+    """Several axes in turn, each taking the first pixels of what the one before it gives: one matrix."""
+
+    def __init__(self, axes: list[_Axis]) -> None:
+        self.axes = [axis for axis in axes if not axis.identity]
+        self.identity = not self.axes
+        self._matrices: dict[tuple[Span, torch.device], torch.Tensor] = {}
+
+    def window(self, span: Span) -> Span:
+        for axis in reversed(self.axes):
+            span = axis.window(span)
+        return span
+
+    def matrix(self, span: Span, device: torch.device) -> torch.Tensor:
+        """As of `_Axis`."""
+        if (span, device) not in self._matrices:
+            last, *before = reversed(self.axes)
+            matrix, seen = last.matrix(span, device), last.window(span)
+            for axis in before:
+                matrix, seen = matrix @ axis.matrix(seen, device), axis.window(seen)
+            self._matrices[span, device] = matrix
+        return self._matrices[span, device]
+
+
 class Bilinear:
-    """`F.interpolate(mode="bilinear", align_corners=False)` from one size to another, rectangle by rectangle.
+    """`F.interpolate(mode="bilinear", align_corners=False)`, once or several times, rectangle by rectangle.
 
     Maps are channels-last, `[height, width, C]`; sizes are (height, width); spans are (start, stop) in output pixels.
+
+    Args:
+        steps: (source, target) of each interpolation; a source that is smaller than the target before it is the upper
+            left part of that.
     """
 
-    def __init__(self, source: tuple[int, int], target: tuple[int, int]) -> None:
-        self.rows, self.columns = (_Axis(*pair) for pair in zip(source, target))
+    def __init__(self, *steps: tuple[tuple[int, int], tuple[int, int]]) -> None:
+        self.rows, self.columns = (_Chain([_Axis(source[i], target[i]) for source, target in steps]) for i in (0, 1))
 
     def window(self, rows: Span, columns: Span) -> tuple[Span, Span]:
         """The rectangle of the source that the output rectangle is made of."""

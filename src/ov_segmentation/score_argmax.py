@@ -51,7 +51,7 @@ def draw_label_map(field: Field, size: tuple[int, int], with_total: bool, with_s
         with_total: also the sum over the classes.
         with_scores: also all scores, `[K, H, W]`.
     """
-    resize = Bilinear(field.size, size)
+    resize = Bilinear((field.size, size))
     device = field.device
     every_class = torch.arange(field.num_classes, device=device)
     result = LabelMap(

@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from .layers.products import tall_product
 from .resampling import Bilinear, Span
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
@@ -77,28 +78,25 @@ class MaskField:
     ) -> None:
         self.logits, self.weights, self.total_weights, self.activation = logits, weights, total_weights, activation
         sources = [(logits.shape[0], logits.shape[1]), *(cropped for _, cropped in sizes)]
-        self.steps = [Bilinear(source, resized) for source, (resized, _) in zip(sources, sizes)]
+        # nothing but cropping lies between the interpolations: they are one
+        self.resize = Bilinear(*((source, resized) for source, (resized, _) in zip(sources, sizes)))
         self.size, self.num_classes, self.device = sources[-1], weights.shape[1], logits.device
 
     def window(self, rows: Span, columns: Span) -> Window:
         """Look at one rectangle."""
-        spans = [(rows, columns)]
-        for step in reversed(self.steps):
-            spans.append(step.window(*spans[-1]))
-        (top, bottom), (left, right) = spans.pop()
-        maps = self.logits[top:bottom, left:right]
-        # bounds come from the maps that the last of several interpolations starts from: it is often the largest, and
-        # not needed where they decide
-        for step in self.steps[: max(1, len(self.steps) - 1)]:
-            maps = step(maps, *spans.pop())
+        (top, bottom), (left, right) = self.resize.window(rows, columns)
+        maps = self.resize(self.logits[top:bottom, left:right], rows, columns)
         low, high = _bounds(maps, self.activation) @ self.weights
 
         @functools.cache
         def masks() -> torch.Tensor:
-            return self.activation(self.steps[-1](maps, *spans[0]) if len(self.steps) > 1 else maps)
+            return self.activation(maps)
 
         return Window(
-            low, high, lambda classes: masks() @ self.weights[:, classes], lambda: masks() @ self.total_weights
+            low,
+            high,
+            lambda classes: tall_product(masks(), self.weights[:, classes]),
+            lambda: masks() @ self.total_weights,
         )
 
 
@@ -122,7 +120,7 @@ class ClassField:
         self.maps, self.activation, self.size = maps, activation, size
         self.num_classes, self.device = maps.shape[-1], maps.device
         self.kept = None if kept is None else kept.to(maps.dtype)
-        self.resize = Bilinear((maps.shape[0], maps.shape[1]), size)
+        self.resize = Bilinear(((maps.shape[0], maps.shape[1]), size))
         self.summed = None
 
     def window(self, rows: Span, columns: Span) -> Window:
@@ -154,7 +152,7 @@ class ResizedField:
     def __init__(self, field: Field, size: tuple[int, int]) -> None:
         self.field, self.size = field, size
         self.num_classes, self.device = field.num_classes, field.device
-        self.resize = Bilinear(field.size, size)
+        self.resize = Bilinear((field.size, size))
 
     def window(self, rows: Span, columns: Span) -> Window:
         """Look at one rectangle."""

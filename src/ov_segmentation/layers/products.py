@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 # below this a call costs more than the product
 LEAST_MULTIPLY_ADDS = 2**21
+LEAST_TALL_ELEMENTS = 2**16
 _PLAIN_TYPES = (torch.Tensor, nn.Parameter)
 _LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 
@@ -20,7 +21,23 @@ def linear(features: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | No
     """`torch.nn.functional.linear`: `[..., I]`, `[O, I]` and `[O]` -> `[..., O]`."""
     if not prefers_onednn(features, weight):
         return F.linear(features, weight, bias)
+    return _multiply(features, weight, bias)
+
+
+def _multiply(features: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    # oneDNN knows neither repeated elements nor matrices without a dense axis
+    features, weight = (
+        one if 1 in one.stride() and 0 not in one.stride() else one.contiguous() for one in (features, weight)
+    )
     return _LINEAR(features, weight, bias, "none", [], "")
+
+
+def tall_product(features: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """`features @ weights`, `[..., I]` and `[I, O]` -> `[..., O]`, for many rows and few columns, of which MKL makes
+    little even where the product is small."""
+    if features.numel() < LEAST_TALL_ELEMENTS or not (takes(features) and takes(weights)):
+        return features @ weights
+    return _multiply(features, weights.t(), None)
 
 
 def prefers_onednn(features: torch.Tensor, weight: torch.Tensor) -> bool:
