@@ -30,6 +30,8 @@ EARLIER = {
     "deop_scenes_stage2": "deop_scenes_stage1",
     "deop_scenes": "deop_scenes_stage1",
     "deop_scenes_clip": "deop_scenes_stage1",
+    "deop_scenes_small_stage2": "deop_scenes_small_stage1",
+    "deop_scenes_small": "deop_scenes_small_stage1",
     "ovseg_clip_ft_vit_b": "ovseg_r101c_coco",
     "ovseg_clip_ft_vit_l": "ovseg_swin_b_coco",
     "ovseg_clip_mpt_vit_l": "ovseg_swin_b_coco",

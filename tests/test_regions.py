@@ -163,6 +163,7 @@ def test_recipes_of_deop(path: Path) -> None:
 def stage(pictures: Path, model: dict[str, Any], **changes: Any) -> Recipe:
     recipe = tiny_recipe(pictures, steps=2, batch_size=2, accumulation=1, num_workers=0, evaluation={"interval": 2})
     recipe["evaluation"] = {"interval": 2, "max_samples": 1}
+    recipe["processor"] |= {"templates": "{}"}  # the prompt is learned
     recipe |= {"model": model, "optimizer": {"lr": 1e-2}, **changes}
     return from_mapping(Recipe, recipe)
 

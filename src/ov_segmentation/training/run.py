@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
+from accelerate.state import AcceleratorState
 from accelerate.utils import GradientAccumulationPlugin, broadcast_object_list
 from torch import nn
 from torch.utils.data import Dataset
@@ -69,6 +70,7 @@ class TrainingRun:
         self.code = ledger.revision()  # now: the checkout may move on while this process runs what it has loaded
         if recipe.precision == "fp16" and not torch.accelerator.is_available():
             raise RecipeError("precision: fp16 needs a GPU. On a CPU: bf16, or no.")
+        AcceleratorState._reset_state()  # an earlier run of this process, in a notebook, may have had another precision
         self.accelerator = Accelerator(
             mixed_precision=recipe.precision,
             gradient_accumulation_plugin=GradientAccumulationPlugin(
