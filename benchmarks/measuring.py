@@ -65,7 +65,7 @@ def unit_call() -> Callable[[], Any]:
 
 
 def reference_operations(dtype: torch.dtype) -> dict[str, tuple[Callable[[], Any], int]]:
-    """Kind -> a large operation of it, and its multiply-adds; by the fastest way known here, which may not be torch's."""
+    """Kind -> a large operation of it, and its multiply-adds; by the fastest way known here."""
     tokens, width, heads, channels, side = 1601, 768, 12, 256, 64
     x, weight = torch.randn(tokens, width, dtype=dtype), torch.randn(4 * width, width, dtype=dtype)
     features = torch.randn(1, channels, side, side, dtype=dtype).contiguous(memory_format=torch.channels_last)

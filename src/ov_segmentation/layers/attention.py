@@ -78,7 +78,7 @@ def prefers_tiles(tensor: torch.Tensor) -> bool:
 
 
 def tiled_attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
     """The formula for some heads and queries at a time, so that their scores stay in the processor's caches.
 
