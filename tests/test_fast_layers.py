@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 from torch import nn
@@ -117,7 +119,7 @@ def test_what_onednn_does_not_multiply() -> None:
 @pytest.mark.parametrize("bias_shape", [None, (1, 3, 400, 410)])
 @torch.no_grad()
 def test_attention_in_float32_by_products(bias_shape: tuple[int, ...] | None) -> None:
-    query, key, value = (torch.randn(1, 3, length, 16) for length in (400, 410, 410))
+    query, key, value = (torch.randn(1, 3, length, 64) for length in (400, 410, 410))
     bias = None if bias_shape is None else torch.randn(bias_shape)
     assert attention.prefers_tiles(query)
     expected = nn.functional.scaled_dot_product_attention(query, key, value, bias)
@@ -155,3 +157,29 @@ def test_resnet_in_fused_convolutions(dtype: torch.dtype, tolerance: float, monk
         torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance * other.abs().max().item())
     assert counter.multiply_adds[CONVOLUTION] == plain_counter.multiply_adds[CONVOLUTION] > 0
     assert all(torch.equal(one, other) for one, other in zip(backbone(pictures), expected, strict=True))
+
+
+@torch.no_grad()
+def test_products_with_rows_that_lie_apart_are_no_slower() -> None:
+    """oneDNN has no fast code for such a weight: it is copied, or a call would take a thousand times longer."""
+    features, wide = torch.randn(400, 64), torch.randn(600, 192)
+    weight = wide[:, 64:128]
+    assert products.prefers_onednn(features, weight) and not weight.is_contiguous()
+
+    def seconds(matrix: torch.Tensor) -> float:
+        start = time.process_time()
+        for _ in range(5):
+            products.linear(features, matrix)
+        return time.process_time() - start
+
+    seconds(weight)
+    assert seconds(weight) < 20 * seconds(weight.contiguous()) + 0.05
+    heads = torch.randn(1, 500, 3, 6, 64).permute(2, 0, 3, 1, 4)  # queries, keys and values as one product leaves them
+    query, key, value = heads
+    assert attention.prefers_tiles(query) and not value.is_contiguous()
+    assert not attention.prefers_tiles(query[..., :40])  # with few channels torch's own is the faster
+    start = time.process_time()
+    found = attention.tiled_attention(query, key, value)
+    assert time.process_time() - start < 2
+    expected = nn.functional.scaled_dot_product_attention(query, key, value)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)

@@ -13,6 +13,7 @@ SCORES_AT_ONCE_FLOAT32 = 2**19
 LEAST_QUERIES = 64
 LEAST_TOKENS = 192
 LEAST_TOKENS_FLOAT32 = 384
+LEAST_CHANNELS_FLOAT32 = 64
 
 
 def eager_attention(
@@ -67,7 +68,8 @@ def attend(
 def prefers_tiles(tensor: torch.Tensor) -> bool:
     """Whether `tiled_attention` of `[..., tokens, channels]` is the faster: on a CPU, without gradients."""
     if tensor.dtype == torch.float32:
-        return products.takes(tensor) and tensor.shape[-2] >= LEAST_TOKENS_FLOAT32
+        tokens, channels = tensor.shape[-2:]
+        return products.takes(tensor) and tokens >= LEAST_TOKENS_FLOAT32 and channels >= LEAST_CHANNELS_FLOAT32
     return (
         tensor.device.type == "cpu"
         and tensor.dtype == torch.bfloat16
@@ -95,6 +97,8 @@ def tiled_attention(
     bias = None if bias is None else bias.expand(*shape, num_keys).flatten(0, 1)
     # oneDNN's float32 product takes matrices, no stacks of them
     one_by_one = query.dtype == torch.float32
+    if one_by_one:
+        keys, values = keys.contiguous(), values.contiguous()
     at_once = SCORES_AT_ONCE_FLOAT32 if one_by_one else SCORES_AT_ONCE
     heads_at_once = 1 if one_by_one else max(1, at_once // (num_queries * num_keys))
     queries_at_once = max(LEAST_QUERIES, at_once // (heads_at_once * num_keys))
