@@ -68,7 +68,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"\n[{(time.time() - begin) / 60:.1f} min] {name} {' '.join(given)}", flush=True)
         command = [sys.executable, str(ROOT / "benchmarks" / f"{name}.py")]
         command += [one.format(folder=options.folder) for one in given]
-        command += ["--threads", str(options.threads), "--ledger", str(options.ledgers / f"{ledger}.jsonl")]
+        # the ledgers record the command: no path of this machine
+        file = os.path.relpath(options.ledgers / f"{ledger}.jsonl", ROOT)
+        command += ["--threads", str(options.threads), "--ledger", file]
         command += ["--until", str(begin + 60 * options.minutes)]
         # a later step of the same benchmark does not repeat rows of an earlier one
         seen = any(earlier == name for earlier, _, _ in STEPS[:number])
