@@ -350,3 +350,15 @@ def test_function_without_a_mask_takes_every_row():
     kept = encode_vocabulary(ids, None, 9, features, keep_prompts=True)
     assert kept.argmax(-1).tolist() == [[1, 2], [3, 3]]
     assert sum(map(len, calls)) == 3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_text_side_in_half_precision_is_run_in_float32(dtype):
+    ids, mask = random_ids(6, 2)
+    half = build().to(dtype)
+    exact = build()
+    exact.load_state_dict(half.state_dict())
+    found = half.encode_vocabulary(ids, mask)
+    assert found.dtype == dtype
+    assert torch.equal(found, exact.encode_vocabulary(ids, mask).to(dtype))
+    assert {p.dtype for p in half.parameters() if p.ndim} == {dtype}  # the weights themselves stay

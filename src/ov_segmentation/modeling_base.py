@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any, ClassVar, get_type_hints
 
 import torch
@@ -19,14 +18,15 @@ from .layers.products import replace_linear
 from .losses import SeededDraws
 from .modeling_outputs import ImageState, OpenVocabularySegmentationOutput
 from .pushing import PushToHub
-from .text_encoding import TextEmbeddingCache, encode_vocabulary
+from .text_encoding import TextEmbeddingCache
+from .text_side import TextSideMixin
 
 logger = logging.get_logger(__name__)
 
 FROM_CONFIG = "config"
 
 
-class OpenVocabularySegmentationModel(PushToHub, FromCLIPMixin, PreTrainedModel):
+class OpenVocabularySegmentationModel(PushToHub, FromCLIPMixin, TextSideMixin, PreTrainedModel):
     """Base of the six `<X>ForOpenVocabularySegmentation`.
 
     A method implements `_encode_image` (what does not depend on the class names), `_segment` (the rest, and the loss)
@@ -50,7 +50,6 @@ class OpenVocabularySegmentationModel(PushToHub, FromCLIPMixin, PreTrainedModel)
     # a logarithm: bfloat16 would change the scale by a percent
     _keep_in_fp32_modules_strict = ["logit_scale"]
 
-    keeps_prompts: ClassVar[bool] = False
     switches: ClassVar[frozenset[str]] = frozenset()
     picture_switches: ClassVar[frozenset[str]] = frozenset()
 
@@ -109,92 +108,6 @@ class OpenVocabularySegmentationModel(PushToHub, FromCLIPMixin, PreTrainedModel)
     def unread_parameters(self) -> tuple[str, ...]:
         """Regular expressions of parameters that the loss does not reach, with this configuration."""
         return ()
-
-    # ------------------------------------------------------------------ text side
-
-    @property
-    def text_tower(self) -> tuple[nn.Module, nn.Module]:
-        """The text transformer and its projection."""
-        return self.clip.text_model, self.clip.text_projection
-
-    @property
-    def embedding_size(self) -> int:
-        """D, the width of `text_embeds`."""
-        return self.text_tower[1].out_features
-
-    @property
-    def trains_text(self) -> bool:
-        """Whether any parameter of the text side is trained: then pass `input_ids` in training, not embeddings."""
-        return any(p.requires_grad for p in self._text_parameters())
-
-    def _text_parameters(self) -> list[nn.Parameter]:
-        return [p for module in self.text_tower for p in module.parameters()]
-
-    def _text_features(self, input_ids: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-        """Projected features `[n, D]`, not normalised, of prompts `[n, l]` that end at positions `ends` `[n]`."""
-        text_model, projection = self.text_tower
-        hidden = text_model(input_ids=input_ids).last_hidden_state
-        return projection(hidden[torch.arange(len(hidden), device=hidden.device), ends])
-
-    def encode_vocabulary(
-        self,
-        input_ids: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        cache_folder: str | os.PathLike | None = None,
-    ) -> torch.Tensor:
-        """Class embeddings, made once per vocabulary from `processor(text=names, return_tensors="pt")`.
-
-        Args:
-            input_ids: `[K, P, L]` or, with synonyms, `[K, P, S, L]`.
-            attention_mask: same shape; a row of zeros is an absent synonym.
-            cache_folder: keeps embeddings on disk too, keyed by a hash of the text weights and the token ids.
-
-        Returns:
-            L2-normalised `[K, D]`, or `[K, P, D]` where the method keeps its prompts (SED, CAT-Seg). Do not modify it
-            in place: later calls may return the same tensor.
-
-        With gradients on and a trained text side the result carries gradients and is never cached.
-        """
-        parameters = self._text_parameters()
-        device = parameters[0].device
-        input_ids = input_ids.to(device)
-        attention_mask = None if attention_mask is None else attention_mask.to(device)
-
-        def compute() -> torch.Tensor:
-            eos_token_id = self.text_tower[0].config.eos_token_id
-            return encode_vocabulary(input_ids, attention_mask, eos_token_id, self._text_features, self.keeps_prompts)
-
-        if torch.is_grad_enabled() and self.trains_text:
-            return compute()
-        with torch.no_grad():
-            if self.training and self.trains_text:
-                return compute()
-            recipe = f"{type(self).__name__} {self.text_tower[0].config.to_json_string()}"
-            return self._text_cache.get(input_ids, attention_mask, parameters, compute, cache_folder, recipe)
-
-    def _class_embeddings(
-        self,
-        input_ids: torch.Tensor | None,
-        attention_mask: torch.Tensor | None,
-        text_embeds: torch.Tensor | None,
-    ) -> torch.Tensor:
-        if (input_ids is None) == (text_embeds is None):
-            given = "both" if text_embeds is not None else "neither"
-            raise ValueError(
-                f"Give the class names either as input_ids (from processor(text=names)) or as text_embeds "
-                f"(from model.encode_vocabulary), got {given}."
-            )
-        if text_embeds is None:
-            return self.encode_vocabulary(input_ids, attention_mask)
-        wanted = f"[K, P, {self.embedding_size}]" if self.keeps_prompts else f"[K, {self.embedding_size}]"
-        if text_embeds.ndim != (3 if self.keeps_prompts else 2) or text_embeds.shape[-1] != self.embedding_size:
-            raise ValueError(
-                f"text_embeds must be {wanted} for {type(self).__name__}, got {list(text_embeds.shape)}. Were they "
-                f"made by another model? Use this model's encode_vocabulary."
-            )
-        if text_embeds.shape[0] == 0:  # len() would fix the number of classes of an exported program
-            raise ValueError("text_embeds holds no class: give at least one name.")
-        return text_embeds.to(device=self.device, dtype=self.dtype)
 
     # ------------------------------------------------------------------ picture side and forward
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from torch import nn
 
 
 def full_precision(tensor: torch.Tensor) -> AbstractContextManager:
@@ -12,3 +14,21 @@ def full_precision(tensor: torch.Tensor) -> AbstractContextManager:
     float32 tensors too, and sums over a picture's pixels leave the range of float16."""
     # the meta device, on which models are counted, has no autocast, and torch refuses to switch it off
     return nullcontext() if tensor.device.type == "meta" else torch.autocast(tensor.device.type, enabled=False)
+
+
+def in_float32(layer: nn.Module, features: torch.Tensor) -> torch.Tensor:
+    """`layer(features)`, computed and returned in float32 whatever the precision of the layer's weights.
+
+    For what is compared afterwards, class with class or position with position: bfloat16 has two to three digits, and
+    differences of that size decide.
+    """
+    weights = dict(layer.named_parameters())
+    if all(weight.dtype == torch.float32 for weight in weights.values()):
+        return layer(features.float())
+    return torch.func.functional_call(layer, {name: w.float() for name, w in weights.items()}, (features.float(),))
+
+
+def is_half_precision(modules: Iterable[nn.Module]) -> bool:
+    """Whether all weights of the modules are there (not on the meta device) in float16 or bfloat16."""
+    weights = [weight for module in modules for weight in module.parameters()]
+    return all(weight.dtype in (torch.float16, torch.bfloat16) and not weight.is_meta for weight in weights)

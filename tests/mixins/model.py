@@ -232,6 +232,8 @@ class ModelTesterMixin:
         assert all(torch.equal(value, exact.state_dict()[name]) for name, value in kept.items())
         assert {value.dtype for name, value in weights.items() if name not in kept} == {dtype}
         found = self.run(model)
+        # classes are compared by these: rounded, many would be equal
+        assert {found[name].dtype for name in found if name != "masks_queries_logits"} == {torch.float32}
         for name, expected in self.run(exact).items():
             allowed = 8 * torch.finfo(dtype).eps * (expected.max() - expected.min()).item()
             torch.testing.assert_close(

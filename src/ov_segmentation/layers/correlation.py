@@ -11,17 +11,19 @@ from . import products
 def correlation(dense_features: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
     """Cosine of every position with every prompt.
 
+    In float32 whatever comes in: cosines of different names differ by little, of which bfloat16 would leave two digits.
+
     Args:
         dense_features: `[R, D, h, w]`, any length.
         text_embeds: `[K, P, D]`, any length.
 
     Returns:
-        `[R, K, P, h, w]` in [-1, 1].
+        float32 `[R, K, P, h, w]` in [-1, 1].
     """
     rows, _, height, width = dense_features.shape
     classes, prompts, _ = text_embeds.shape
-    image = F.normalize(dense_features.flatten(2), dim=1)
-    text = F.normalize(text_embeds, dim=-1).flatten(0, 1)
+    image = F.normalize(dense_features.float().flatten(2), dim=1)
+    text = F.normalize(text_embeds.float(), dim=-1).flatten(0, 1)
     # one product per picture: rows are the pictures of a batch or the views of one
     cosines = torch.stack([products.linear(text, one.t()) for one in image])
     return cosines.view(rows, classes, prompts, height, width)

@@ -115,10 +115,12 @@ class LearnedPromptMixin:
         own = [] if self.text_prompt is None else [self.text_prompt.context]
         return super()._text_parameters() + own
 
-    def _text_features(self, input_ids: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    def _text_features(
+        self, input_ids: torch.Tensor, ends: torch.Tensor, tower: tuple[nn.Module, ...] | None = None
+    ) -> torch.Tensor:
         if self.text_prompt is None:
-            return super()._text_features(input_ids, ends)
-        return self.text_prompt.encode(*self.text_tower, input_ids, ends)
+            return super()._text_features(input_ids, ends, tower)
+        return self.text_prompt.encode(*(tower or self.text_tower), input_ids, ends)
 
 
 def _run_text_model(text_model: CLIPTextModel, inputs_embeds: torch.Tensor) -> torch.Tensor:

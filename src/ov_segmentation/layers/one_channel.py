@@ -10,14 +10,17 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from ..precision import in_float32
 from .pieces import in_pieces
 
 
 def one_channel(conv: nn.Conv2d, maps: torch.Tensor) -> torch.Tensor:
-    """`conv`, 3 x 3 with padding and one output channel, of channels-last maps: `[n, h, w, C]` -> `[n, h, w]`."""
+    """`conv`, 3 x 3 with padding and one output channel, of channels-last maps: `[n, h, w, C]` -> `[n, h, w]`.
+
+    In float32 whatever comes in, and so returned: rounded, the logits of many classes would be equal.
+    """
     if maps.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return conv(maps.permute(0, 3, 1, 2))[:, 0]
-    # float32: what a convolution in half precision sums in
+        return in_float32(conv, maps.permute(0, 3, 1, 2))[:, 0]
     taps, bias = conv.weight[0].flatten(1).float().t().contiguous(), conv.bias.float()
 
     def add_taps(some: torch.Tensor) -> torch.Tensor:
@@ -27,6 +30,6 @@ def one_channel(conv: nn.Conv2d, maps: torch.Tensor) -> torch.Tensor:
         for y in range(3):
             for x in range(3):
                 padded[:, 2 - y : 2 - y + height, 2 - x : 2 - x + width] += seen[y, x]
-        return padded[:, 1:-1, 1:-1].to(maps.dtype)
+        return padded[:, 1:-1, 1:-1]
 
     return in_pieces(add_taps, maps.shape[1:].numel(), maps)

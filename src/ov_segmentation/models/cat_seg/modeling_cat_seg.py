@@ -25,6 +25,7 @@ from ...layers.upsampling import GuidedUpsampling, PreparedUpsampling
 from ...losses_per_class import add_per_class_loss
 from ...modeling_base import OpenVocabularySegmentationModel
 from ...modeling_outputs import ImageState, OpenVocabularySegmentationOutput
+from ...precision import in_float32
 from .configuration_cat_seg import CATSegConfig
 
 # logit of a class that was not aggregated: finite, because interpolating -inf gives NaN
@@ -230,13 +231,11 @@ class CATSegForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
         if chunk_size is not None:
             at_once = max(1, chunk_size // rows)
             parts = zip(cost.split(at_once, dim=1), text.split(at_once, dim=1), strict=True)
-        return [
-            ClassChunk(
-                self.cost_embedding(some_cost.flatten(0, 1)).flatten(2).transpose(1, 2).unflatten(0, (rows, -1)),
-                some_text,
-            )
-            for some_cost, some_text in parts
-        ]
+        chunks = []
+        for some_cost, some_text in parts:
+            maps = in_float32(self.cost_embedding, some_cost.flatten(0, 1)).to(text.dtype)
+            chunks.append(ClassChunk(maps.flatten(2).transpose(1, 2).unflatten(0, (rows, -1)), some_text))
+        return chunks
 
     def _aggregate(
         self, chunks: list[ClassChunk], state: CATSegImageState, rows: slice, pooling: int, keep_states: bool

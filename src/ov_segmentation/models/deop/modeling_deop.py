@@ -14,6 +14,8 @@ from transformers import CLIPConfig, CLIPModel
 from transformers import initialization as init
 
 from ...conversion_maskformer import load_backbone_weights
+from ...layers.correlation import correlation
+from ...layers.cosine_classifier import cosine_logits
 from ...layers.heatmaps import ConvolutionalHeatmapDecoder, HeatmapDecoder, init_heatmap_weights, pool_by_masks
 from ...layers.learned_prompts import LearnedPrompt, LearnedPromptMixin
 from ...layers.maskformer import MaskProposalNetwork, MaskProposals, init_mask_proposal_weights
@@ -300,9 +302,8 @@ class DeOPForOpenVocabularySegmentation(
     # ------------------------------------------------------------------ classes and losses
 
     def class_logits(self, embeddings: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
-        """`[B, N, K+1]` of embeddings `[B, N, D]`; "no object" is the last column."""
-        classifier = torch.cat([text_embeds, self.no_object_embedding.to(text_embeds.dtype)])
-        return self.config.temperature * normalize(embeddings, dim=-1) @ normalize(classifier, dim=-1).T
+        """`[B, N, K+1]` float32 of embeddings `[B, N, D]`; "no object" is the last column."""
+        return cosine_logits(embeddings, text_embeds, self.no_object_embedding, self.config.temperature)
 
     def _segment(
         self,
@@ -318,7 +319,7 @@ class DeOPForOpenVocabularySegmentation(
         if state.clip_map is not None:
             if labels is not None:
                 raise ValueError('proposals="none" is a model without training: there is no loss. Leave labels out.')
-            logits = self.config.temperature * torch.einsum("bdhw,kd->bkhw", state.clip_map, text_embeds)
+            logits = self.config.temperature * correlation(state.clip_map, text_embeds[:, None])[:, :, 0]
             return OpenVocabularySegmentationOutput(logits=logits, score_function="softmax")
         layers = state.all_proposals
         class_logits = self.class_logits(state.segment_embeds if layers is None else layers[-1].embeddings, text_embeds)

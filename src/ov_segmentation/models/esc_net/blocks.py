@@ -11,6 +11,7 @@ from ...layers.guided_swin import GuidedSwinPair
 from ...layers.linear_attention import ClassSums, TextClassAttention
 from ...layers.pseudo_prompts import PseudoPrompts, generate_pseudo_prompts
 from ...layers.sam_blocks import PseudoPromptEncoder, SAMBlock
+from ...precision import in_float32
 from .chunks import ClassChunk, average_over_classes
 from .configuration_esc_net import ESCNetConfig
 
@@ -67,7 +68,8 @@ class ESCNetBlock(nn.Module):
         """Prompts of every pair, from the correlation in the first block, later from the residual stream."""
         maps = chunk.prompt_map
         if self.prompt_map is not None:
-            maps = self.prompt_map(chunk.features)[..., 0].unflatten(1, chunk.grid)
+            # float32: which pixels are chosen hangs on small differences
+            maps = in_float32(self.prompt_map, chunk.features)[..., 0].unflatten(1, chunk.grid)
         return generate_pseudo_prompts(maps, *self.prompt_settings)
 
     def refine(

@@ -26,6 +26,7 @@ from ...layers.upsampling import GuidedUpsampling, PreparedUpsampling
 from ...losses_per_class import add_per_class_loss
 from ...modeling_base import OpenVocabularySegmentationModel
 from ...modeling_outputs import ImageState, OpenVocabularySegmentationOutput
+from ...precision import in_float32
 from .blocks import ESCNetBlock, SAMNeck, run_blocks
 from .chunks import ClassChunk, by_class, check_limits, chunk_bounds, kept_classes, labelled_first
 from .configuration_esc_net import SAM_LAYER_NORM_EPS, ESCNetConfig
@@ -271,8 +272,9 @@ class ESCNetForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
         for part, used_rows, shares in chunk_bounds(counts, chunk_size):
             rows, classes = pairs[part] // num_classes, pairs[part] % num_classes
             maps = cost[rows, classes]
-            features = self.cost_embedding(maps[:, None]).flatten(2).transpose(1, 2)
+            embedded = in_float32(self.cost_embedding, maps[:, None]).to(state.sam_features.dtype)
             queries = None if tokens is None else tokens[classes]
+            features = embedded.flatten(2).transpose(1, 2)
             yield ClassChunk(rows, used_rows, shares, features, state.sam_features[rows], maps, queries)
 
     def _tokens(self, text_embeds: torch.Tensor) -> torch.Tensor | None:

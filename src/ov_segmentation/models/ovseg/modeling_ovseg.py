@@ -16,6 +16,7 @@ from transformers import initialization as init
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from ...conversion_maskformer import load_backbone_weights
+from ...layers.cosine_classifier import cosine_logits
 from ...layers.learned_prompts import LearnedPrompt, LearnedPromptMixin, read_learned_prompt
 from ...layers.mask_crops import crop_for_clip, mask_boxes
 from ...layers.mask_prompts import DeepPrompts, MaskPrompts, encode_crops
@@ -24,7 +25,6 @@ from ...layers.sliding_window import each_view, encode_each, split_pictures, vie
 from ...losses import MaskClassificationCriterion, Prediction, sum_losses
 from ...modeling_base import OpenVocabularySegmentationModel
 from ...modeling_outputs import ImageState, OpenVocabularySegmentationOutput
-from ...precision import full_precision
 from .configuration_ovseg import OVSegConfig, check_ensemble_weight
 
 
@@ -334,9 +334,7 @@ class OVSegForOpenVocabularySegmentation(LearnedPromptMixin, OpenVocabularySegme
 
     def _proposal_logits(self, embeddings: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
         """`[..., K+1]` float32 of embeddings `[..., D]`; "no object" is the last column."""
-        classifier = torch.cat([text_embeds.float(), self.no_object_embedding.float()])
-        with full_precision(embeddings):
-            return self.config.temperature * normalize(embeddings.float(), dim=-1) @ normalize(classifier, dim=-1).T
+        return cosine_logits(embeddings, text_embeds, self.no_object_embedding, self.config.temperature)
 
     def _ensemble(
         self, own: torch.Tensor, state: OVSegImageState, text_embeds: torch.Tensor, weight: float, class_is_seen: Any

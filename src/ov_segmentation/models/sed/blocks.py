@@ -14,6 +14,7 @@ from ...layers.linear_attention import ClassAttention, add_pooled, pool_position
 from ...layers.one_channel import one_channel
 from ...layers.pieces import in_pieces
 from ...layers.upsampling import GuidedUpsampling
+from ...precision import in_float32
 from .chunks import ClassChunk
 from .configuration_sed import SEDConfig
 
@@ -68,8 +69,9 @@ class CostEmbedding(nn.Module):
         self.head = SegmentationHead(config.hidden_size)
 
     def forward(self, cost: torch.Tensor) -> torch.Tensor:
-        """Features `[n, h, w, C]` of cost maps `[n, h, w, P]`."""
-        return self.conv(cost.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).contiguous()
+        """Features `[n, h, w, C]` of cost maps `[n, h, w, P]`, which are float32."""
+        embedded = in_float32(self.conv, cost.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return embedded.to(self.head.conv.weight.dtype).contiguous()
 
     def early_logits(self, cost: torch.Tensor) -> torch.Tensor:
         """The head's logits `[n, h, w]` of cost maps `[n, h, w, P]`, without the features.
@@ -77,9 +79,9 @@ class CostEmbedding(nn.Module):
         Both convolutions are linear: each of the head's nine taps sees one channel, a 7 x 7 convolution of the cost
         map, and what it sees is moved and added. For the classes that are rejected that is a fourteenth of the work.
         """
-        taps = self.head.conv.weight[0].flatten(1)
-        weight = torch.einsum("cu,cpkl->upkl", taps, self.conv.weight)
-        bias = torch.einsum("cu,c->u", taps, self.conv.bias)
+        taps = self.head.conv.weight[0].flatten(1).float()
+        weight = torch.einsum("cu,cpkl->upkl", taps, self.conv.weight.float())
+        bias = torch.einsum("cu,c->u", taps, self.conv.bias.float())
         seen = F.conv2d(cost.permute(0, 3, 1, 2), weight, bias, padding=COST_KERNEL_SIZE // 2)
         height, width = seen.shape[-2:]
         seen = F.pad(seen, (1, 1, 1, 1)).unflatten(1, (3, 3))

@@ -133,9 +133,10 @@ class SEDDecoder(nn.Module):
             # without a split the number of classes of an exported program stays open
             for some in of_row.split(size) if size < num_classes else (of_row,):
                 cost = correlation(dense_features[row : row + 1], text_embeds[some])[0].permute(0, 2, 3, 1).contiguous()
+                features = self.cost_embedding(cost)
                 yield ClassChunk(
-                    features=self.cost_embedding(cost),
-                    cost=cost if self.uses_cost else None,
+                    features=features,
+                    cost=cost.to(features.dtype) if self.uses_cost else None,
                     pairs=some + row * num_classes,
                     counts=tuple(some.shape[0] if other == row else 0 for other in range(rows)),
                 )
