@@ -237,3 +237,20 @@ def test_damaged_pickles_and_missing_networks(tmp_path: Path) -> None:
         load_backbone_weights(make_resnet_network(), tmp_path / "page.pkl")
     with pytest.raises(ConversionError, match="no proposal network"):
         load_backbone_weights(None, tmp_path / "half.pkl")
+
+
+def test_masks_without_gradients_are_one_convolution_of_as_many_kernels() -> None:
+    network = make_network().eval()
+    pictures = torch.randn(2, 3, 64, 96)
+    (expected,) = network(pictures)  # with gradients: queries times mask features
+    convolved: list[torch.Tensor] = []
+    network.pixel_decoder.mask_projection.register_forward_hook(lambda *call: convolved.append(call[-1]))
+    with torch.no_grad():
+        (found,) = network(pictures)
+        assert not convolved
+        every = network(pictures, all_layers=True)
+    assert len(convolved) == 1
+    scale = expected.mask_logits.abs().max().item()
+    for masks in (found.mask_logits, every[-1].mask_logits):
+        torch.testing.assert_close(masks, expected.mask_logits.detach(), rtol=0, atol=1e-5 * scale)
+    torch.testing.assert_close(found.embeddings, expected.embeddings.detach(), rtol=0, atol=1e-5)

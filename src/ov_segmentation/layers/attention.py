@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -89,32 +91,53 @@ def tiled_attention(
     Arguments as for `attend`.
 
     Returns:
-        `[B, heads, Q, d]`.
+        `[B, heads, Q, d]`; in float32 a view of `[B, Q, heads, d]`.
     """
+    if bias is not None:
+        bias = bias.expand(*query.shape[:3], key.shape[2])
+    in_tiles = _head_by_head if query.dtype == torch.float32 else _in_stacks_of_heads
+    return in_tiles(query, key, value, bias)
+
+
+def _head_by_head(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """oneDNN's float32 product takes matrices, no stacks of them."""
+    batch, heads, num_queries, channels = query.shape
+    # one pass: copies whose rows lie side by side, which oneDNN needs
+    keys = torch.mul(key, channels**-0.5, out=key.new_empty(key.shape))
+    values = value.contiguous()
+    result = query.new_empty(batch, num_queries, heads, values.shape[-1]).transpose(1, 2)
+    at_once = max(LEAST_QUERIES, SCORES_AT_ONCE_FLOAT32 // keys.shape[2])
+    for place in product(range(batch), range(heads)):
+        of_head = result[place]
+        for start in range(0, num_queries, at_once):
+            rows = slice(start, start + at_once)
+            scores = products.linear(query[place][rows], keys[place])
+            if bias is not None:
+                scores += bias[place][rows]
+            of_head[rows] = products.linear(scores.softmax(dim=-1), values[place].t())
+    return result
+
+
+def _in_stacks_of_heads(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
     shape, num_queries, num_keys = query.shape[:3], query.shape[2], key.shape[2]
     keys = (key * key.shape[-1] ** -0.5).transpose(-1, -2).flatten(0, 1)
     queries, values = query.flatten(0, 1), value.flatten(0, 1)
-    bias = None if bias is None else bias.expand(*shape, num_keys).flatten(0, 1)
-    # oneDNN's float32 product takes matrices, no stacks of them
-    one_by_one = query.dtype == torch.float32
-    if one_by_one:
-        keys, values = keys.contiguous(), values.contiguous()
-    at_once = SCORES_AT_ONCE_FLOAT32 if one_by_one else SCORES_AT_ONCE
-    heads_at_once = 1 if one_by_one else max(1, at_once // (num_queries * num_keys))
-    queries_at_once = max(LEAST_QUERIES, at_once // (heads_at_once * num_keys))
+    bias = None if bias is None else bias.flatten(0, 1)
+    heads_at_once = max(1, SCORES_AT_ONCE // (num_queries * num_keys))
+    queries_at_once = max(LEAST_QUERIES, SCORES_AT_ONCE // (heads_at_once * num_keys))
     result = torch.empty(len(queries), num_queries, values.shape[-1], dtype=value.dtype)
-
-    def multiply(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-        return products.linear(left[0], right[0].t())[None] if one_by_one else left @ right
-
     for first in range(0, len(queries), heads_at_once):
         heads = slice(first, first + heads_at_once)
         for start in range(0, num_queries, queries_at_once):
             rows = slice(start, start + queries_at_once)
-            scores = multiply(queries[heads, rows], keys[heads])
+            scores = queries[heads, rows] @ keys[heads]
             if bias is not None:
                 scores += bias[heads, rows]
-            result[heads, rows] = multiply(scores.softmax(dim=-1), values[heads])
+            result[heads, rows] = scores.softmax(dim=-1) @ values[heads]
     return result.view(*shape, -1)
 
 

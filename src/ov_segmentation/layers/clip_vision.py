@@ -7,19 +7,19 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torch.nn.functional import interpolate
 from transformers import CLIPVisionModel
 
+from ..precision import full_precision
 from .attention import attend, prefers_tiles, split_heads
+from .bicubic import bicubic_resize
 
 
 def resize_position_grid(positions: torch.Tensor, old: tuple[int, int], new: tuple[int, int]) -> torch.Tensor:
     """Bicubic resize of position embeddings `[1, h*w, D]` of a grid `old` (h, w) to the grid `new`, in float32."""
     if old == new:
         return positions
-    grid = positions.unflatten(1, old).permute(0, 3, 1, 2)
-    grid = interpolate(grid.float(), size=new, mode="bicubic", align_corners=False)
-    return grid.flatten(2).transpose(1, 2).to(positions.dtype)
+    with full_precision(positions):
+        return bicubic_resize(positions[0].float().unflatten(0, old), new).flatten(0, 1)[None].to(positions.dtype)
 
 
 def clip_position_embedding(vision_model: CLIPVisionModel, grid: tuple[int, int]) -> torch.Tensor:

@@ -10,8 +10,7 @@ from __future__ import annotations
 import torch
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-# the cubic convolution parameter of torch.nn.functional.interpolate(mode="bicubic")
-CUBIC_A = -0.75
+from .bicubic import bicubic_weights
 
 
 def mask_boxes(masks: torch.Tensor, expand_ratio: float = 1.0) -> torch.Tensor:
@@ -37,36 +36,6 @@ def _extent(occupied: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     length = occupied.shape[-1]
     marks = occupied.int()
     return marks.argmax(dim=-1), length - marks.flip(-1).argmax(dim=-1)
-
-
-def _sample_positions(start: torch.Tensor, stop: torch.Tensor, size: int) -> torch.Tensor:
-    """Positions `[n, size]` in crop pixels of the output pixels' centres (align_corners False)."""
-    centres = torch.arange(size, device=start.device, dtype=torch.float32) + 0.5
-    return centres * ((stop - start).float() / size)[:, None] - 0.5
-
-
-def bicubic_weights(start: torch.Tensor, stop: torch.Tensor, length: int, size: int) -> torch.Tensor:
-    """Matrices `[n, size, length]` that resize the pixels `start..stop` `[n]` of a line of `length` pixels to `size`.
-
-    Equal to `interpolate(line[start:stop], size, mode="bicubic")`: four taps, repeated at the crop's own edges.
-    """
-    position = _sample_positions(start, stop, size)
-    base = position.floor()
-    t = position - base
-    far, near = t + 1, 1 - t
-    taps = torch.stack([_cubic_outer(far), _cubic_inner(t), _cubic_inner(near), _cubic_outer(near + 1)], dim=-1)
-    index = base[..., None].long() + torch.arange(-1, 3, device=start.device)
-    index = index.clamp(min=0).minimum((stop - start - 1)[:, None, None]) + start[:, None, None]
-    weights = taps.new_zeros(len(start), size, length)
-    return weights.scatter_add_(2, index, taps)
-
-
-def _cubic_inner(x: torch.Tensor) -> torch.Tensor:
-    return ((CUBIC_A + 2) * x - (CUBIC_A + 3)) * x * x + 1
-
-
-def _cubic_outer(x: torch.Tensor) -> torch.Tensor:
-    return ((CUBIC_A * x - 5 * CUBIC_A) * x + 8 * CUBIC_A) * x - 4 * CUBIC_A
 
 
 def masked_crops(

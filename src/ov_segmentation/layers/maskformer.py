@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.nn.functional import conv2d
 from transformers import PreTrainedConfig, SwinConfig
 from transformers import initialization as init
 from transformers.models.maskformer.configuration_maskformer import MaskFormerDetrConfig
@@ -101,14 +102,43 @@ class MaskProposalNetwork(nn.Module):
     def forward(self, pixel_values: torch.Tensor, all_layers: bool = False) -> list[MaskProposals]:
         """Proposals of the last layer (a list of one), or of every layer, first layer first, for deep supervision."""
         features = self.backbone(pixel_values)
-        mask_features = self.pixel_decoder(features).last_hidden_state
         queries = self.query_decoder(features[-1])
+        pixels = self.pixel_decoder.fpn(features)[-1]
+        projection, states = self.pixel_decoder.mask_projection, queries[-1]
+        if not (all_layers or torch.is_grad_enabled()) and states.shape[1] < projection.out_channels:
+            masks = masks_in_one_convolution(projection, pixels, self.mask_head(states))
+            return [MaskProposals(self.embedding_head(states), masks)]
+        mask_features = projection(pixels)
         return [
             MaskProposals(
                 self.embedding_head(states), torch.einsum("bnc,bchw->bnhw", self.mask_head(states), mask_features)
             )
             for states in (queries if all_layers else queries[-1:])
         ]
+
+
+def masks_in_one_convolution(projection: nn.Conv2d, pixels: torch.Tensor, queries: torch.Tensor) -> torch.Tensor:
+    """The products of queries with a convolution's result, as a convolution with a kernel per query.
+
+    Both are linear. Half of the multiply-adds, where there are half as many queries as the convolution has channels.
+
+    Args:
+        projection: the convolution.
+        pixels: `[B, C_in, h, w]`, what it takes.
+        queries: `[B, N, C]`.
+
+    Returns:
+        `[B, N, h, w]`, equal to `einsum("bnc,bchw->bnhw", queries, projection(pixels))` but for rounding.
+    """
+    kernels = torch.einsum("bnc,cikl->bnikl", queries, projection.weight)
+    biases = queries @ projection.bias
+    # pictures one by one: each has its own kernels
+    return torch.cat(
+        [
+            conv2d(picture[None], kernel, bias, padding=projection.padding)
+            for picture, kernel, bias in zip(pixels, kernels, biases, strict=True)
+        ]
+    )
 
 
 @torch.no_grad()
