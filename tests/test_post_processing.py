@@ -1,5 +1,6 @@
 """Label maps, scores and confidence from outputs: against the originals' numbers, and against the plain formulas."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -20,6 +21,7 @@ from ov_segmentation.modeling_outputs import OpenVocabularySegmentationOutput
 from ov_segmentation.post_processing import post_process_semantic_segmentation
 from ov_segmentation.resampling import Bilinear
 from ov_segmentation.score_argmax import undominated_classes
+from ov_segmentation.score_fields import MaskField
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared" / "fixtures"
@@ -435,6 +437,29 @@ def test_pruned_argmax_is_exact_with_ties(K, N, seed):
     full = post_process_semantic_segmentation(outputs, return_segmentation_scores=True)[0]
     assert torch.equal(full.segmentation_scores, scores)
     assert torch.equal(full.segmentation, scores.argmax(0))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_classes_that_are_beaten_win_nowhere(seed):
+    torch.manual_seed(seed)
+    positions = torch.cartesian_prod(torch.arange(48), torch.arange(48)) / 48
+    near = 1 - torch.cdist(positions, torch.rand(12, 2))
+    first, second = near.topk(2).values.T[:, :, None]
+    masks = (100 * (near - torch.where(near == first, second, first))).clamp(-12, 12).view(48, 48, 12)  # a region each
+    weights = (4 * torch.randn(12, 60)).softmax(1)
+    weights[:, 7] = weights[:, 30] = 0  # never anywhere
+    weights[:, 11] = weights[:, 40]  # the same everywhere
+    field = MaskField(masks, weights, weights.sum(1), [((96, 96), (96, 96))], torch.sigmoid)
+    every, told = torch.arange(60), 0
+    for top, left in itertools.product(range(0, 96, 32), repeat=2):
+        window = field.window((top, top + 32), (left, left + 32))
+        beaten, scores = window.beaten(every), window.scores(every)
+        best = scores.amax(-1)
+        assert (scores[..., beaten] < best[..., None]).all()
+        assert not beaten[scores.flatten(0, 1).argmax(1).unique()].any()
+        # more than bounds alone tell
+        told += int((beaten & (window.high >= window.low.max())).sum())
+    assert told > 9 * 10
 
 
 def test_a_later_class_that_is_never_below_does_not_hide_a_tie():

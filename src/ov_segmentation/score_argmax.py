@@ -1,8 +1,8 @@
 """The winning class of every pixel without ever holding all scores.
 
 The picture is cut into tiles. In a tile, a class whose highest possible score is below another's lowest possible score
-cannot win; the rest, usually a handful, are evaluated. That is exact: bounds come from the maps themselves, and
-interpolation never leaves the range of its inputs.
+cannot win, nor can one that is everywhere below a mean of others; the rest, usually a handful, are evaluated. That is
+exact: bounds come from the maps themselves, and interpolation never leaves the range of its inputs.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from dataclasses import dataclass
 import torch
 
 from .resampling import Bilinear, Span
-from .score_fields import Field
+from .score_fields import SLACK, Field
 
-# More than rounding can shift a score: bounds and scores are sums of the same terms in another order.
-_SLACK = 1e-4
+# so many are evaluated before it is asked which of them are beaten
+_FEW = 4
 _TILES_PER_SIDE = 24
-_MIN_TILE = 32
+_MIN_TILE = 40
 _RIVALS = 8
 _ACCELERATOR_BYTES = 256 * 2**20
 
@@ -66,8 +66,10 @@ def draw_label_map(field: Field, size: tuple[int, int], with_total: bool, with_s
         if with_total:
             result.total[tile] = resize(window.total()[..., None], rows, columns)[..., 0]
         # scores of 0 never win: index 0 and score 0 are what a pixel without any score gets
-        promising = (window.high * (1 + _SLACK) >= window.low.max()) & (window.high > 0)
+        promising = (window.high * (1 + SLACK) >= window.low.max()) & (window.high > 0)
         classes = every_class if with_scores else every_class[promising]
+        if window.beaten is not None and len(classes) > _FEW and not with_scores:
+            classes = classes[~window.beaten(classes)]
         if not len(classes):
             continue
         if len(classes) == 1 and not (with_total or with_scores) and window.low[classes] > 0:

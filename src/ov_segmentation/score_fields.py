@@ -17,6 +17,9 @@ from .resampling import Bilinear, Span
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
 
+# More than rounding can shift a score: bounds and scores are sums of the same terms in another order.
+SLACK = 1e-4
+
 
 class Window(NamedTuple):
     """One rectangle of a field of K non-negative scores.
@@ -24,12 +27,15 @@ class Window(NamedTuple):
     low, high: `[K]`: no score in the rectangle is below or above them.
     scores: function of class indices `[n]` that gives their scores `[rows, columns, n]`.
     total: function that gives the sum over all classes `[rows, columns]`, pruned ones included.
+    beaten: function of class indices `[n]` that says of which there is a higher score everywhere, `[n]`, as far as
+        that can be told without looking at every position; None: no more can be told than bounds say.
     """
 
     low: torch.Tensor
     high: torch.Tensor
     scores: Callable[[torch.Tensor], torch.Tensor]
     total: Callable[[], torch.Tensor]
+    beaten: Callable[[torch.Tensor], torch.Tensor] | None = None
 
 
 class Field(Protocol):
@@ -81,12 +87,16 @@ class MaskField:
         # nothing but cropping lies between the interpolations: they are one
         self.resize = Bilinear(*((source, resized) for source, (resized, _) in zip(sources, sizes)))
         self.size, self.num_classes, self.device = sources[-1], weights.shape[1], logits.device
+        self.by_class = weights.t().contiguous()
+        self.highest, strongest = weights.max(1)
+        self.of_strongest = weights[:, strongest]
 
     def window(self, rows: Span, columns: Span) -> Window:
         """Look at one rectangle."""
         (top, bottom), (left, right) = self.resize.window(rows, columns)
         maps = self.resize(self.logits[top:bottom, left:right], rows, columns)
-        low, high = _bounds(maps, self.activation) @ self.weights
+        bounds = _bounds(maps, self.activation)
+        low, high = bounds @ self.weights
 
         @functools.cache
         def masks() -> torch.Tensor:
@@ -97,7 +107,25 @@ class MaskField:
             high,
             lambda classes: tall_product(masks(), self.weights[:, classes]),
             lambda: masks() @ self.total_weights,
+            lambda classes: self._beaten(*bounds, classes),
         )
+
+    def _beaten(self, low: torch.Tensor, high: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+        """Which classes score less than a mean of others, and so than one of them, for any masks within the bounds.
+
+        The mean is over each query's strongest class, as much of each as its mask can be there: one class alone, which
+        some query at a border always lacks, beats few.
+
+        Args:
+            low, high: `[N]`, of the masks.
+            classes: `[n]`.
+        """
+        share = high * self.highest
+        mean = self.of_strongest @ (share / share.sum())
+        weights = self.by_class[classes]
+        # of low * (mean - weight) where the weight is the smaller, of high * (mean - weight) where it is the larger
+        least_gap = low @ mean - weights @ low - (weights - mean).clamp_(min=0) @ (high - low)
+        return least_gap > SLACK * (weights @ high)
 
 
 class ClassField:
@@ -162,6 +190,7 @@ class ResizedField:
             source.high,
             lambda classes: self.resize(source.scores(classes), rows, columns),
             lambda: self.resize(source.total()[..., None], rows, columns)[..., 0],
+            source.beaten,
         )
 
 

@@ -80,6 +80,14 @@ class QueryDecoder(nn.Module):
         return outputs
 
 
+class ChannelsFirstGroupNorm(nn.GroupNorm):
+    """`nn.GroupNorm`, which with channels last loses two digits. The convolutions around it may have them so."""
+
+    def forward(self, maps: torch.Tensor) -> torch.Tensor:
+        """`[B, C, h, w]` -> `[B, C, h, w]`."""
+        return super().forward(maps.contiguous())
+
+
 class MaskProposalNetwork(nn.Module):
     """Backbone, pixel decoder, query decoder and the two heads."""
 
@@ -93,6 +101,9 @@ class MaskProposalNetwork(nn.Module):
             feature_size=config.pixel_decoder_size,
             mask_feature_size=config.mask_size,
         )
+        for module in self.pixel_decoder.modules():
+            if type(module) is nn.GroupNorm:
+                module.__class__ = ChannelsFirstGroupNorm
         self.query_decoder = QueryDecoder(config, channels[-1])
         self.mask_head = MLP(config.hidden_size, config.hidden_size, config.mask_size, num_layers=3)
         self.embedding_head = MLP(
@@ -133,12 +144,11 @@ def masks_in_one_convolution(projection: nn.Conv2d, pixels: torch.Tensor, querie
     kernels = torch.einsum("bnc,cikl->bnikl", queries, projection.weight)
     biases = queries @ projection.bias
     # pictures one by one: each has its own kernels
-    return torch.cat(
-        [
-            conv2d(picture[None], kernel, bias, padding=projection.padding)
-            for picture, kernel, bias in zip(pixels, kernels, biases, strict=True)
-        ]
-    )
+    masks = [
+        conv2d(picture[None], kernel, bias, padding=projection.padding)
+        for picture, kernel, bias in zip(pixels, kernels, biases, strict=True)
+    ]
+    return torch.cat(masks) if len(masks) > 1 else masks[0]
 
 
 @torch.no_grad()
