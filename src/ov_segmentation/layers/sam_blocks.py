@@ -15,6 +15,7 @@ from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.sam.modeling_sam import SamPromptEncoder, SamTwoWayAttentionBlock
 
+from .pieces import in_pieces
 from .pseudo_prompts import PseudoPrompts
 from .sliding_window import resize
 
@@ -127,6 +128,9 @@ class SAMBlock(GradientCheckpointingLayer):
             tokens: `[N, T, C]`, the queries of SAM, and their own position embeddings.
             positions: `[h * w, C]`, position embeddings of the map.
         """
+        return in_pieces(lambda *some: self._run(*some, positions), features[0].numel(), features, tokens)
+
+    def _run(self, features: torch.Tensor, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         queries = tokens[:, None]
         _, keys, _ = self.block(queries, features[:, None], queries, positions, None)
         return keys[:, 0]
