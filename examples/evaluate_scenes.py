@@ -31,7 +31,7 @@ MAJORITY = "majority class"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Parse the command line, evaluate, print and record."""
+    """Parse the command line, evaluate, print and record; an error ends it with a message."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="folder or Hub id of a checkpoint")
     parser.add_argument("--data", required=True, type=Path, help="folder that examples/make_scenes.py wrote")
@@ -44,6 +44,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--synonyms", action="store_true", help="ask for every class in a second wording too")
     parser.add_argument("--name", help="what the ledger calls the run (default: the model's path)")
     options = parser.parse_args(arguments)
+    try:
+        run(options, sys.argv[1:] if arguments is None else arguments)
+    except (ValueError, OSError) as error:
+        # the message says what to do; a traceback would bury it
+        sys.exit(f"{type(error).__name__}: {error}")
+
+
+def run(options: argparse.Namespace, given: Sequence[str]) -> None:
+    """Evaluate as the command line says."""
     model = AutoModelForOpenVocabularySegmentation.from_pretrained(options.model, dtype=torch.float32)
     plain_clip = isinstance(AutoConfig.from_pretrained(options.model), CLIPConfig)
     processor = DeOPProcessor.from_clip(options.model) if plain_clip else AutoProcessor.from_pretrained(options.model)
@@ -62,7 +71,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for key, value in figures.items():
             print(f"{key:>24} {100 * value:6.1f}")
         if options.ledger is not None:
-            given = sys.argv[1:] if arguments is None else arguments
             ledger.append(
                 options.ledger,
                 command=shlex.join(["python", "examples/evaluate_scenes.py", *given]),

@@ -13,6 +13,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from ov_segmentation import ledger
 from ov_segmentation.strict_mapping import RecipeError
@@ -41,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         # the message says what to do; a traceback would bury it
         sys.exit(f"{type(error).__name__}: {error}")
     print(json.dumps(figures, indent=1))
-    if options.ledger is not None:
+    if options.ledger is not None and not recorded(options.ledger, figures):
         given = sys.argv[1:] if arguments is None else arguments
         ledger.append(
             options.ledger,
@@ -55,6 +56,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             name=Path(options.output).name,
             recipe=options.recipe,
         )
+
+
+def recorded(path: Path, figures: dict[str, Any]) -> bool:
+    """Whether the ledger has this very run: a finished one that is started again gives the figures it had."""
+    return path.exists() and any(entry["figures"] == figures for entry in ledger.read(path))
 
 
 if __name__ == "__main__":

@@ -129,6 +129,7 @@ def test_training_beats_no_training_and_the_command_records_it(tmp_path: Path) -
     small.write_text(yaml.safe_dump(values))
     arguments = ["--recipe", str(small), "--output", str(tmp_path / "sam"), "--ledger", str(tmp_path / "l.jsonl")]
     train_sam.main(arguments)
+    train_sam.main(arguments)  # finished: there is nothing to do, nor to record
     (line,) = ledger.read(tmp_path / "l.jsonl")
     torch.manual_seed(0)
     untrained = build_sam(SamRecipe.from_yaml(small)).eval()

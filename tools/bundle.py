@@ -2,7 +2,8 @@
 
 Weights in bfloat16, with what the training wrote into their metadata (command, seed, commit, recipe, its figures) and,
 under "scenes", the ledger's newest figures of that name. For a CLIP the ledger is foundations.jsonl, and command, seed
-and commit come from its line. More than 4 MiB are refused.
+and commit come from its line. Trained on drawings from scratch, the weights have this project's licence. More than
+4 MiB are refused.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ MAX_BYTES = 4 * 1024**2
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 SCENES, STANDARD = "scenes.jsonl", "scenes-small-400"
 PROVENANCE = ("command", "seed", "commit")
+LICENCE = "apache-2.0"
 # of a training run's folder
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 BESIDE = ("processor_config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json")
@@ -49,6 +51,8 @@ def bundle(source: Path, target: Path, entry: ledger.Entry, max_bytes: int = MAX
     weights = {name: _half(value) for name, value in load_file(source / WEIGHTS).items()}
     config: dict[str, Any] = json.loads((source / CONFIG).read_text(encoding="utf-8"))
     files = {name: (source / name).read_bytes() for name in BESIDE if (source / name).exists()}
+    if "weights_license" in config:
+        config["weights_license"] = LICENCE
     files[CONFIG] = (json.dumps({**config, "dtype": "bfloat16"}, indent=2) + "\n").encode()
     size = sum(value.numel() * value.element_size() for value in weights.values()) + sum(map(len, files.values()))
     if size > max_bytes:

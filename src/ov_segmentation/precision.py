@@ -16,16 +16,24 @@ def full_precision(tensor: torch.Tensor) -> AbstractContextManager:
     return nullcontext() if tensor.device.type == "meta" else torch.autocast(tensor.device.type, enabled=False)
 
 
-def in_float32(layer: nn.Module, features: torch.Tensor) -> torch.Tensor:
-    """`layer(features)`, computed and returned in float32 whatever the precision of the layer's weights.
+def in_float32(layer: nn.Module, features: torch.Tensor, rounded: bool = False) -> torch.Tensor:
+    """`layer(features)`, computed in float32 whatever the precision of the layer's weights.
 
     For what is compared afterwards, class with class or position with position: bfloat16 has two to three digits, and
     differences of that size decide.
+
+    Args:
+        layer: has weights of one precision.
+        features: of any.
+        rounded: return the result in the precision of the weights.
     """
     weights = dict(layer.named_parameters())
-    if all(weight.dtype == torch.float32 for weight in weights.values()):
+    (own,) = {weight.dtype for weight in weights.values()}
+    if own == torch.float32:
         return layer(features.float())
-    return torch.func.functional_call(layer, {name: w.float() for name, w in weights.items()}, (features.float(),))
+    exact = {name: weight.float() for name, weight in weights.items()}
+    result = torch.func.functional_call(layer, exact, (features.float(),))
+    return result.to(own) if rounded else result
 
 
 def is_half_precision(modules: Iterable[nn.Module]) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import product
+import itertools
 
 import torch
 from torch import nn
@@ -109,7 +109,7 @@ def _head_by_head(
     values = value.contiguous()
     result = query.new_empty(batch, num_queries, heads, values.shape[-1]).transpose(1, 2)
     at_once = max(LEAST_QUERIES, SCORES_AT_ONCE_FLOAT32 // keys.shape[2])
-    for place in product(range(batch), range(heads)):
+    for place in itertools.product(range(batch), range(heads)):
         of_head = result[place]
         for start in range(0, num_queries, at_once):
             rows = slice(start, start + at_once)

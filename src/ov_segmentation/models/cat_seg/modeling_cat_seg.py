@@ -233,7 +233,7 @@ class CATSegForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
             parts = zip(cost.split(at_once, dim=1), text.split(at_once, dim=1), strict=True)
         chunks = []
         for some_cost, some_text in parts:
-            maps = in_float32(self.cost_embedding, some_cost.flatten(0, 1)).to(text.dtype)
+            maps = in_float32(self.cost_embedding, some_cost.flatten(0, 1), rounded=True)
             chunks.append(ClassChunk(maps.flatten(2).transpose(1, 2).unflatten(0, (rows, -1)), some_text))
         return chunks
 

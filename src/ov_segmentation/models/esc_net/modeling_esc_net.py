@@ -272,9 +272,8 @@ class ESCNetForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
         for part, used_rows, shares in chunk_bounds(counts, chunk_size):
             rows, classes = pairs[part] // num_classes, pairs[part] % num_classes
             maps = cost[rows, classes]
-            embedded = in_float32(self.cost_embedding, maps[:, None]).to(state.sam_features.dtype)
+            features = in_float32(self.cost_embedding, maps[:, None], rounded=True).flatten(2).transpose(1, 2)
             queries = None if tokens is None else tokens[classes]
-            features = embedded.flatten(2).transpose(1, 2)
             yield ClassChunk(rows, used_rows, shares, features, state.sam_features[rows], maps, queries)
 
     def _tokens(self, text_embeds: torch.Tensor) -> torch.Tensor | None:

@@ -70,8 +70,8 @@ class CostEmbedding(nn.Module):
 
     def forward(self, cost: torch.Tensor) -> torch.Tensor:
         """Features `[n, h, w, C]` of cost maps `[n, h, w, P]`, which are float32."""
-        embedded = in_float32(self.conv, cost.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return embedded.to(self.head.conv.weight.dtype).contiguous()
+        embedded = in_float32(self.conv, cost.permute(0, 3, 1, 2), rounded=True)
+        return embedded.permute(0, 2, 3, 1).contiguous()
 
     def early_logits(self, cost: torch.Tensor) -> torch.Tensor:
         """The head's logits `[n, h, w]` of cost maps `[n, h, w, P]`, without the features.
