@@ -135,6 +135,8 @@ def random_weights(model: Mapping[str, Any], published: tuple[str, str]) -> dict
     rest = {key: value for key, value in model.items() if key not in ("from_clip", "from_sam", "config")}
     left_out = ("model_type", "architectures", "transformers_version", "dtype", "torch_dtype")
     config = {key: value for key, value in config.items() if key not in left_out and not key.startswith("_")}
+    if method == "ovseg":  # SimBaseline was released with a text prompt that it learned; recipes begin with templates
+        config["num_context_vectors"] = 0
     return {**rest, "model_type": method, "config": merged(config, own)}
 
 

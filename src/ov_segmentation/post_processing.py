@@ -152,11 +152,12 @@ def _maps(outputs: OpenVocabularySegmentationOutput) -> torch.Tensor:
     return outputs.masks_queries_logits if outputs.logits is None else outputs.logits
 
 
-def _channels_last(maps: torch.Tensor) -> torch.Tensor:
-    maps = maps.float().permute(1, 2, 0).contiguous()
-    if not maps.isfinite().all():
+def _channels_last(views: torch.Tensor) -> list[torch.Tensor]:
+    """Each of `[V, C, h, w]` as float32 `[h, w, C]`; of several views no second copy is made."""
+    views = views.float().permute(0, 2, 3, 1)
+    if not all(view.isfinite().all() for view in views):
         raise ValueError("The outputs hold NaN or infinite logits: check the pictures and the model's precision.")
-    return maps
+    return list(views if len(views) > 1 else views.contiguous())
 
 
 def _pair(sizes: Any) -> tuple[int, int]:
@@ -216,7 +217,7 @@ def _class_field(outputs: OpenVocabularySegmentationOutput, rows: slice, pruned:
         # a class that is kept nowhere scores 0 everywhere; one stays, so that there is something to look at
         classes = classes[kept.any(0)] if kept.any() else classes[:1]
         logits, kept = logits[:, classes], kept[:, classes]
-    maps = [_channels_last(view) for view in logits]
+    maps = _channels_last(logits)
     kept_rows = [None] * len(maps) if kept is None else list(kept)
     if outputs.view_boxes is None:
         scores = maps[0].sigmoid() if outputs.score_function == "sigmoid" else maps[0]
@@ -250,7 +251,7 @@ def _mask_field(
     if pruned:
         classes = undominated_classes(weights.flatten(0, 1))
         weights = weights[..., classes]
-    masks = [_channels_last(view) for view in outputs.masks_queries_logits[rows]]
+    masks = _channels_last(outputs.masks_queries_logits[rows])
     limit = outputs.mask_threshold
 
     def activation(logits: torch.Tensor) -> torch.Tensor:

@@ -50,6 +50,12 @@ class Field(Protocol):
         ...
 
 
+def _part(maps: torch.Tensor, place: tuple[slice, slice]) -> torch.Tensor:
+    """A rectangle of `[h, w, C]`, channels last in memory too, as `maps` need not be."""
+    part = maps[place]
+    return part if part.stride(-1) == 1 else part.contiguous()
+
+
 def _bounds(maps: torch.Tensor, activation: Activation | None) -> torch.Tensor:
     """`[2, C]`: what each channel of `maps` `[h, w, C]`, interpolated and activated, is never below and never above."""
     # rows first: several times faster than both axes at once
@@ -94,7 +100,7 @@ class MaskField:
     def window(self, rows: Span, columns: Span) -> Window:
         """Look at one rectangle."""
         (top, bottom), (left, right) = self.resize.window(rows, columns)
-        maps = self.resize(self.logits[top:bottom, left:right], rows, columns)
+        maps = self.resize(_part(self.logits, (slice(top, bottom), slice(left, right))), rows, columns)
         bounds = _bounds(maps, self.activation)
         low, high = bounds @ self.weights
 
@@ -155,10 +161,11 @@ class ClassField:
         """Look at one rectangle."""
         (top, bottom), (left, right) = self.resize.window(rows, columns)
         source = (slice(top, bottom), slice(left, right))
-        low, high = self._keep(_bounds(self.maps[source], self.activation), slice(None))
+        seen = _part(self.maps, source)
+        low, high = self._keep(_bounds(seen, self.activation), slice(None))
 
         def scores(classes: torch.Tensor) -> torch.Tensor:
-            maps = self.resize(self.maps[source][..., classes], rows, columns)
+            maps = self.resize(seen[..., classes], rows, columns)
             return self._keep(maps if self.activation is None else self.activation(maps), classes)
 
         def total() -> torch.Tensor:
