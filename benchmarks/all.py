@@ -67,8 +67,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for number, (name, given, ledger) in enumerate(STEPS):
         print(f"\n[{(time.time() - begin) / 60:.1f} min] {name} {' '.join(given)}", flush=True)
         command = [sys.executable, str(ROOT / "benchmarks" / f"{name}.py")]
-        command += [one.format(folder=options.folder) for one in given]
         # the ledgers record the command: no path of this machine
+        folder = os.path.relpath(options.folder, ROOT)
+        command += [one.format(folder=folder) for one in given]
         file = os.path.relpath(options.ledgers / f"{ledger}.jsonl", ROOT)
         command += ["--threads", str(options.threads), "--ledger", file]
         command += ["--until", str(begin + 60 * options.minutes)]

@@ -82,6 +82,8 @@ def test_the_card_is_valid_and_says_what_it_was_given(checkpoint):
 
 
 def test_without_measurements_there_is_no_model_index(checkpoint):
+    config = checkpoint / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "weights_license": None}))
     card = ModelCard(str(build_card(checkpoint)))
     assert card.data.eval_results is None and "model-index" not in str(card)
     assert "None was measured with this checkpoint." in card.text
