@@ -105,7 +105,7 @@ def fitted(path: Path, folder: Path) -> tuple[dict[str, Any], list[str]]:
         values["data"] |= {"eval_split": None, "class_names": None, "ignore_index": None}
         values.get("evaluation", {}).pop("data", None)
     if published is not None:
-        values["batch_size"], values["precision"] = 1, "no"
+        values["batch_size"], values["precision"], values["num_workers"] = 1, "no", 0
         if kind_of(values) == "adaptation":
             values["batch_size"] = PAIRS_A_STEP
         pictures = "pairs" if kind_of(values) == "adaptation" else "picture"

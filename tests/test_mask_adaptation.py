@@ -26,7 +26,7 @@ from ov_segmentation.models.ovseg.image_processing_ovseg import OVSegImageProces
 from ov_segmentation.models.ovseg.processing_ovseg import OVSegProcessor
 from ov_segmentation.strict_mapping import RecipeError, from_mapping
 from ov_segmentation.training.adaptation_recipe import AdaptationRecipe
-from ov_segmentation.training.crop_samples import CropSample, crop_inputs, random_box
+from ov_segmentation.training.crop_samples import CropBatchMaker, CropSample, crop_inputs, random_box
 from ov_segmentation.training.mask_adaptation import MaskAdaptation, adapt, prepare_prompts
 from tests.models.test_ovseg import TestOVSeg as Tiny
 from tests.tiny import TOKENIZER
@@ -109,6 +109,23 @@ def test_random_parts_lie_on_the_mask() -> None:
         assert 0.25 < (x1 - x0) * (y1 - y0) / 4000 < 0.65
         assert 0.7 < ((x1 - x0) / 80) / ((y1 - y0) / 50) < 1.43
     assert random_box(mask, (1.0, 1.0), (1.0, 1.0), np.random.default_rng(0)) == (0, 0, 80, 50)
+
+
+def test_each_noun_is_tokenised_once(folder: Path) -> None:
+    asked = []
+
+    def tokenizer(texts: list[str], **options: Any) -> Any:
+        asked.extend(texts)
+        return TOKENIZER(texts, **options)
+
+    pair = load_mask_pairs(folder / "pairs")[4]
+    make_batch = CropBatchMaker(tokenizer, 32, "a {}.")
+    for nouns in (["tree", "road", "tree"], ["sky", "road"]):
+        ids = make_batch([CropSample(pair._replace(noun=noun), (0, 0, 26, 20)) for noun in nouns])["input_ids"]
+        texts = [f"a {noun}." for noun in nouns]
+        expected = TOKENIZER(texts, padding="max_length", truncation=True, return_tensors="pt")
+        assert torch.equal(ids, expected["input_ids"])
+    assert sorted(asked) == ["a road.", "a sky.", "a tree."]
 
 
 # ---------------------------------------------------------------------- loss

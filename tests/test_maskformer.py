@@ -20,7 +20,7 @@ from transformers.models.swin.modeling_swin import SwinDropPath
 from ov_segmentation.conversion import ConversionError
 from ov_segmentation.conversion_maskformer import load_backbone_weights
 from ov_segmentation.layers.configuration_maskformer import MaskProposalConfig, ResNetCConfig
-from ov_segmentation.layers.mask_crops import crop_for_clip, cropped_masks, mask_boxes, masked_crops
+from ov_segmentation.layers.mask_crops import CropGrid, crop_for_clip, cropped_masks, mask_boxes, masked_crops
 from ov_segmentation.layers.maskformer import MaskProposalNetwork
 from ov_segmentation.layers.resnet_c import FrozenBatchNorm, ResNetC
 from ov_segmentation.layers.swin_backbone import SwinBackbone
@@ -123,7 +123,8 @@ def test_masked_crops_equal_cropping_first_and_resizing_then(fill: torch.Tensor 
     masks[2, 39, 55] = True
     masks[3, 0, 3:9] = True
     boxes = mask_boxes(masks)
-    crops, small = masked_crops(picture, masks, boxes, 24, fill), cropped_masks(masks, boxes, 24)
+    grid = CropGrid.of(boxes, 24)
+    crops, small = masked_crops(picture, masks, grid, fill), cropped_masks(masks, grid)
     background = torch.zeros(3) if fill is None else fill
     for mask, (x0, y0, x1, y1), crop, small_mask in zip(masks, boxes.tolist(), crops, small, strict=True):
         ys, xs = mask.nonzero().unbind(1)
@@ -155,7 +156,7 @@ def test_many_crops_are_as_many_operations_as_two() -> None:
         for index in range(number):
             masks[index, index : index + 5, 2 : 4 + index] = True
         with CountedOperations() as operations:
-            crops, _ = crop_for_clip(torch.randn(3, 40, 56), masks, mask_boxes(masks, 1.5), 24, "zero")
+            crops, _ = crop_for_clip(torch.randn(3, 40, 56), masks, CropGrid.of(mask_boxes(masks, 1.5), 24), "zero")
         assert len(crops) == number
         counted.append(operations.names)
     assert counted[0] == counted[1]
@@ -165,7 +166,7 @@ def test_many_crops_are_as_many_operations_as_two() -> None:
 def test_crops_are_made_where_the_picture_is(fill: str) -> None:
     """A tensor made on the processor would not go together with those of another device."""
     picture, masks = torch.empty(3, 40, 56, device="meta"), torch.empty(4, 40, 56, dtype=torch.bool, device="meta")
-    crops, crop_masks = crop_for_clip(picture, masks, mask_boxes(masks, 1.5), 24, fill)
+    crops, crop_masks = crop_for_clip(picture, masks, CropGrid.of(mask_boxes(masks, 1.5), 24), fill)
     assert (crops.device.type, crop_masks.device.type) == ("meta", "meta")
     assert (crops.shape, crop_masks.shape) == ((4, 3, 24, 24), (4, 24, 24))
 

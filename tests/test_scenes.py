@@ -15,7 +15,7 @@ from ov_segmentation.data.scene_captions import build_scene_tokenizer, caption_w
 from ov_segmentation.data.scene_drawing import shape_outlines
 from ov_segmentation.data.scene_vocabulary import THING_SHAPES, TIERS, SceneVocabulary
 from ov_segmentation.data.scenes import GEOMETRIES, SceneGenerator
-from ov_segmentation.data.scenes_dataset import scenes_dataset
+from ov_segmentation.data.scenes_dataset import PICTURE_FORMAT, scenes_dataset
 from ov_segmentation.training.scene_crops import SceneCrops
 
 VOCABULARIES = {"small": SceneVocabulary.small(), "full": SceneVocabulary.full()}
@@ -245,6 +245,7 @@ class TestDataset:
             assert np.array_equal(np.asarray(row["image"]), image.permute(1, 2, 0).numpy())
             assert np.array_equal(np.asarray(row["annotation"]), label_map.numpy())
             assert row["classes"] == label_map.unique().tolist()
+            assert row["image"].format == PICTURE_FORMAT
         assert len(set(loaded["file_name"])) == 6
 
     def test_many_classes_need_sixteen_bits(self, tmp_path):

@@ -3,11 +3,13 @@
 import copy
 import json
 import os
+import pickle
 import resource
 import signal
 from itertools import chain
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
@@ -206,9 +208,14 @@ def test_every_epoch_sees_every_sample_once_and_workers_change_nothing(pictures)
     data = load_segmentation_data(pictures, class_names=NAMES, ignore_index=255)
     recipe = tiny(pictures)
     samples = TrainingSamples(data.split("train"), build_augmentations(recipe.augmentation), 3)
-    epochs = [sorted(int(i) for i in samples._order(epoch)) for epoch in range(2)]
-    assert epochs == [list(range(7))] * 2
-    assert samples._order(0).tolist() != samples._order(1).tolist()
+    order = [samples.order[position] for position in range(14)]
+    assert [epoch for epoch, _ in order] == [0] * 7 + [1] * 7
+    first, second = ([index for _, index in order[start : start + 7]] for start in (0, 7))
+    assert sorted(first) == sorted(second) == list(range(7))
+    assert first != second
+    assert [samples.order[position] for position in range(13, -1, -1)] == order[::-1]
+    # where worker processes are started anew instead of forked, samples are sent to them
+    assert np.array_equal(pickle.loads(pickle.dumps(samples))[9].image, samples[9].image)
     processor = build_model_and_processor(recipe, [data.vocabulary])[1].image_processor
     runs = [list(training_loader(samples, StepBatches(1, 5, 4), BatchMaker(processor), n, False)) for n in (0, 2)]
     assert len(runs[0]) == 4

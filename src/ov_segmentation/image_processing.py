@@ -132,10 +132,13 @@ class OpenVocabularySegmentationImageProcessor(PilBackend):
         targets = [resized_size(shape, size) if do_resize else shape for shape in originals]
         frame = _frame_size(targets, bool(do_pad), pad_multiple)
         pixel_values = np.zeros((len(pictures), 3, *frame), dtype=np.float32)
+        rules = {kind: _mean_and_std(kind, **value_rules) for kind in {fractions for _, fractions in pictures}}
         for (picture, fractions), (height, width), row in zip(pictures, targets, pixel_values):
             if picture.shape[:2] != (height, width):
                 picture = np.asarray(PIL.Image.fromarray(picture).resize((width, height), resample))
-            _write_values(row[:, :height, :width], picture, fractions, **value_rules)
+            out, (mean, std) = row[:, :height, :width], rules[fractions]
+            np.subtract(picture.transpose(2, 0, 1), mean, out=out)
+            np.divide(out, std, out=out)
         data: dict[str, np.ndarray] = {"pixel_values": pixel_values}
         if do_pad:
             data["pixel_mask"] = np.zeros((len(pictures), *frame), dtype=np.int64)
@@ -209,9 +212,7 @@ def _frame_size(sizes: list[tuple[int, int]], do_pad: bool, pad_multiple: int | 
     return height, width
 
 
-def _write_values(
-    out: np.ndarray,
-    picture: np.ndarray,
+def _mean_and_std(
     fractions: bool,
     do_rescale: bool | None,
     rescale_factor: float,
@@ -219,16 +220,15 @@ def _write_values(
     image_mean: Any,
     image_std: Any,
     **unused: Any,
-) -> None:
-    """`picture` `[h, w, 3]` uint8, rescaled and normalised, into `out` `[3, h, w]`."""
+) -> tuple[np.ndarray, np.ndarray]:
+    """What rescales and normalises uint8 pictures `[3, h, w]`: float32 `[3, 1, 1]`, to subtract and to divide by."""
     scale = rescale_factor if do_rescale else 1 / 255 if fractions else 1.0
     mean, std = (image_mean, image_std) if do_normalize else (0.0, 1.0)
     # the originals normalise 0..255 values with constants multiplied by 255: same rounding
     mean, std = (
         np.broadcast_to(np.asarray(x, np.float64) / scale, 3).astype(np.float32)[:, None, None] for x in (mean, std)
     )
-    np.subtract(picture.transpose(2, 0, 1), mean, out=out)
-    np.divide(out, std, out=out)
+    return mean, std
 
 
 def _prepare_labels(

@@ -65,7 +65,8 @@ def ignore_ids(label_map: np.ndarray, ignore_index: int | Iterable[int] | None) 
     Raises:
         ValueError: a negative id that is neither -100 nor in `ignore_index`.
     """
-    ids = [] if ignore_index is None else [ignore_index] if isinstance(ignore_index, int) else list(ignore_index)
+    given = [] if ignore_index is None else [ignore_index] if isinstance(ignore_index, int) else ignore_index
+    ids = [index for index in given if index != IGNORED]  # that one has its place already
     labels = label_map.astype(np.int64)
     if ids:
         labels[np.isin(labels, ids)] = IGNORED

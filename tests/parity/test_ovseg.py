@@ -12,7 +12,7 @@ import torch
 from torch.nn.functional import interpolate, normalize
 
 from ov_segmentation.layers.clip_vision import clip_position_embedding
-from ov_segmentation.layers.mask_crops import cropped_masks, mask_boxes, masked_crops
+from ov_segmentation.layers.mask_crops import CropGrid, cropped_masks, mask_boxes, masked_crops
 from ov_segmentation.layers.mask_prompts import condense_masks, encode_crops
 from ov_segmentation.losses import Prediction, masks_from_labels, sum_losses
 from ov_segmentation.modeling_outputs import OpenVocabularySegmentationOutput
@@ -135,7 +135,8 @@ class OVSegCase(Case):
     def crops(self, expand_ratio: float = 1.0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Boxes, crops and their masks."""
         boxes, size = mask_boxes(self.masks, expand_ratio), self.config.crop_size
-        return boxes, masked_crops(self.clip_picture, self.masks, boxes, size), cropped_masks(self.masks, boxes, size)
+        grid = CropGrid.of(boxes, size)
+        return boxes, masked_crops(self.clip_picture, self.masks, grid), cropped_masks(self.masks, grid)
 
     def unnormalised_first(self) -> torch.Tensor:
         clip = self.hparams["clip"]

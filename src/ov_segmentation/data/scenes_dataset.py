@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from io import BytesIO
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from .scene_vocabulary import SceneVocabulary
 from .scenes import BLOCK, REFERENCE_SIZE, SceneGenerator
+
+PICTURE_FORMAT = "BMP"
+"""Scenes are noisy: PNG makes them smaller by a quarter, and their reading, a third of a small model's step, slow."""
 
 
 def scenes_dataset(
@@ -24,8 +29,8 @@ def scenes_dataset(
 ) -> Any:
     """Scenes as a Hugging Face `datasets.Dataset`, as any user's data would come.
 
-    Columns: `image` (PNG), `annotation` (PNG of class indices; 16 bit where the vocabulary has more than 255 classes),
-    `file_name`, `classes` (indices of the classes in the picture; its feature holds the names, see
+    Columns: `image` (see `PICTURE_FORMAT`), `annotation` (PNG of class indices; 16 bit where the vocabulary has more
+    than 255 classes), `file_name`, `classes` (indices of the classes in the picture; its feature holds the names, see
     [`ov_segmentation.data.class_names`]) and `caption`.
 
     Args:
@@ -51,6 +56,7 @@ def scenes_dataset(
         "geometry": geometry,
         "difficulty": difficulty,
         "classes": tuple(classes),  # not a list, which `from_generator` would take for shards
+        "picture_format": PICTURE_FORMAT,  # given, so that scenes in the cache are of this format too
     }
     features = segmentation_features([vocabulary.names[index] for index in classes], caption=Value("string"))
     return Dataset.from_generator(_scene_rows, features=features, gen_kwargs=options, **dataset_options)
@@ -65,6 +71,7 @@ def _scene_rows(
     geometry: str,
     difficulty: str,
     classes: tuple[int, ...],
+    picture_format: str,
 ) -> Iterator[dict[str, Any]]:
     generator = SceneGenerator(vocabulary, size=size, seed=seed, tiers=tiers, geometry=geometry, difficulty=difficulty)
     map_type = np.uint8 if len(classes) <= 255 else np.uint16
@@ -76,10 +83,17 @@ def _scene_rows(
         maps = numbers[batch.label_maps.numpy()].astype(map_type)
         for image, label_map, caption in zip(images, maps, batch.captions, strict=True):
             yield {
-                "image": image,
+                "image": _encoded(image, picture_format),
                 "annotation": label_map,
-                "file_name": f"scene_{'-'.join(tiers)}_{seed}_{number:06d}.png",
+                "file_name": f"scene_{'-'.join(tiers)}_{seed}_{number:06d}.{picture_format.lower()}",
                 "classes": np.unique(label_map).tolist(),
                 "caption": caption,
             }
             number += 1
+
+
+def _encoded(image: np.ndarray, picture_format: str) -> dict[str, Any]:
+    """A picture `[H, W, 3]` as the feature `Image` stores it."""
+    file = BytesIO()
+    Image.fromarray(image).save(file, format=picture_format)
+    return {"path": None, "bytes": file.getvalue()}

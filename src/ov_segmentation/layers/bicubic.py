@@ -20,17 +20,25 @@ def _sample_positions(start: torch.Tensor, stop: torch.Tensor, size: int) -> tor
 def bicubic_weights(start: torch.Tensor, stop: torch.Tensor, length: int, size: int) -> torch.Tensor:
     """Matrices `[n, size, length]` that resize the pixels `start..stop` `[n]` of a line of `length` pixels to `size`.
 
-    Equal to `interpolate(line[start:stop], size, mode="bicubic")`: four taps, repeated at the crop's own edges.
+    Equal to `interpolate(line[start:stop], size, mode="bicubic")`.
     """
+    return bicubic_matrices(*bicubic_taps(start, stop, size), length)
+
+
+def bicubic_taps(start: torch.Tensor, stop: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pixels and weights `[n, size, 4]` of the four taps of each output pixel, repeated at the crop's own edges."""
     position = _sample_positions(start, stop, size)
     base = position.floor()
     t = position - base
     far, near = t + 1, 1 - t
     taps = torch.stack([_cubic_outer(far), _cubic_inner(t), _cubic_inner(near), _cubic_outer(near + 1)], dim=-1)
     index = base[..., None].long() + torch.arange(-1, 3, device=start.device)
-    index = index.clamp(min=0).minimum((stop - start - 1)[:, None, None]) + start[:, None, None]
-    weights = taps.new_zeros(len(start), size, length)
-    return weights.scatter_add_(2, index, taps)
+    return index.clamp(min=0).minimum((stop - start - 1)[:, None, None]) + start[:, None, None], taps
+
+
+def bicubic_matrices(index: torch.Tensor, taps: torch.Tensor, length: int) -> torch.Tensor:
+    """[`bicubic_taps`] as matrices `[n, size, length]`."""
+    return taps.new_zeros(*index.shape[:2], length).scatter_add_(2, index, taps)
 
 
 def _cubic_inner(x: torch.Tensor) -> torch.Tensor:

@@ -7,10 +7,12 @@ Source: Liang et al., "Open-Vocabulary Semantic Segmentation with Mask-adapted C
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from .bicubic import bicubic_weights
+from .bicubic import bicubic_matrices, bicubic_taps
 
 
 def mask_boxes(masks: torch.Tensor, expand_ratio: float = 1.0) -> torch.Tensor:
@@ -38,50 +40,74 @@ def _extent(occupied: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return marks.argmax(dim=-1), length - marks.flip(-1).argmax(dim=-1)
 
 
+class CropGrid(NamedTuple):
+    """Where the pixels of `n` crops of `size` x `size` lie in their picture; every field begins with `n`.
+
+    `row_index`, `row_taps`, `column_index`, `column_taps` `[n, size, 4]`: see `bicubic_taps`; `nearest_rows`,
+    `nearest_columns` `[n, size]`.
+    """
+
+    row_index: torch.Tensor
+    row_taps: torch.Tensor
+    column_index: torch.Tensor
+    column_taps: torch.Tensor
+    nearest_rows: torch.Tensor
+    nearest_columns: torch.Tensor
+
+    @classmethod
+    def of(cls, boxes: torch.Tensor, size: int) -> CropGrid:
+        """The grid of `boxes` `[n, 4]` (x0, y0, x1, y1) stretched to squares of `size`."""
+        x0, y0, x1, y1 = boxes.unbind(1)
+        rows, columns = bicubic_taps(y0, y1, size), bicubic_taps(x0, x1, size)
+        return cls(*rows, *columns, _nearest_pixels(y0, y1, size), _nearest_pixels(x0, x1, size))
+
+    def split(self) -> list[CropGrid]:
+        """One grid for each crop, where they are not of one picture."""
+        return [CropGrid(*fields) for fields in zip(*(field.split(1) for field in self))]
+
+
+def _nearest_pixels(start: torch.Tensor, stop: torch.Tensor, size: int) -> torch.Tensor:
+    steps = torch.arange(size, device=start.device)
+    scale = (stop - start).float() / size
+    index = (steps * scale[:, None]).floor().long()
+    return index.minimum((stop - start - 1)[:, None]) + start[:, None]
+
+
 def masked_crops(
-    picture: torch.Tensor, masks: torch.Tensor, boxes: torch.Tensor, size: int, fill: torch.Tensor | None = None
+    picture: torch.Tensor, masks: torch.Tensor, grid: CropGrid, fill: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Crops `[n, 3, size, size]` of a normalised `picture` `[3, H, W]`, stretched bicubically without antialiasing.
 
     Args:
         masks: bool `[n, H, W]`; pixels outside take the value `fill`. None of the picture is hidden where True.
-        boxes: `[n, 4]` from `mask_boxes`.
-        size: side of the crops in pixels.
+        grid: of the boxes from `mask_boxes`.
         fill: `[3]` in normalised units; None: 0, which is CLIP's mean colour.
     """
     height, width = picture.shape[-2:]
     visible = masks[:, None].to(picture.dtype)
     pixels = picture * visible if fill is None else picture * visible + fill[:, None, None] * (1 - visible)
-    rows = bicubic_weights(boxes[:, 1], boxes[:, 3], height, size).to(picture.dtype)
-    columns = bicubic_weights(boxes[:, 0], boxes[:, 2], width, size).to(picture.dtype)
+    rows = bicubic_matrices(grid.row_index, grid.row_taps, height).to(picture.dtype)
+    columns = bicubic_matrices(grid.column_index, grid.column_taps, width).to(picture.dtype)
     return rows[:, None] @ pixels @ columns[:, None].transpose(-1, -2)
 
 
 def crop_for_clip(
-    picture: torch.Tensor, masks: torch.Tensor, boxes: torch.Tensor, size: int, mask_fill: str
+    picture: torch.Tensor, masks: torch.Tensor, grid: CropGrid, mask_fill: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Crops `[n, 3, size, size]` of a `picture` `[3, H, W]` in CLIP's normalisation, and their masks.
 
     Args:
-        masks, boxes, size: see [`masked_crops`].
+        masks, grid: see [`masked_crops`].
         mask_fill: "mean", "zero" or "none", see `OVSegConfig`.
     """
     fill = None
     if mask_fill == "zero":
         fill = -picture.new_tensor(OPENAI_CLIP_MEAN) / picture.new_tensor(OPENAI_CLIP_STD)
     visible = torch.ones_like(masks) if mask_fill == "none" else masks
-    return masked_crops(picture, visible, boxes, size, fill), cropped_masks(masks, boxes, size)
+    return masked_crops(picture, visible, grid, fill), cropped_masks(masks, grid)
 
 
-def cropped_masks(masks: torch.Tensor, boxes: torch.Tensor, size: int) -> torch.Tensor:
-    """The `masks` `[n, H, W]` inside their `boxes`, nearest neighbour, `[n, size, size]` bool."""
-
-    def nearest(start: torch.Tensor, stop: torch.Tensor) -> torch.Tensor:
-        steps = torch.arange(size, device=start.device)
-        scale = (stop - start).float() / size
-        index = (steps * scale[:, None]).floor().long()
-        return index.minimum((stop - start - 1)[:, None]) + start[:, None]
-
-    rows, columns = nearest(boxes[:, 1], boxes[:, 3]), nearest(boxes[:, 0], boxes[:, 2])
+def cropped_masks(masks: torch.Tensor, grid: CropGrid) -> torch.Tensor:
+    """The `masks` `[n, H, W]` inside the boxes of `grid`, nearest neighbour, `[n, size, size]` bool."""
     picked = torch.arange(len(masks), device=masks.device)[:, None, None]
-    return masks[picked, rows[:, :, None], columns[:, None, :]]
+    return masks[picked, grid.nearest_rows[:, :, None], grid.nearest_columns[:, None, :]]

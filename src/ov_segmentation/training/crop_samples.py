@@ -12,9 +12,9 @@ from torch.utils.data import Dataset
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from ..data.mask_pairs import MaskPair, MaskPairs
-from ..layers.mask_crops import crop_for_clip
+from ..layers.mask_crops import CropGrid, crop_for_clip
 from .adaptation_recipe import AdaptationRecipe
-from .randomness import AUGMENTATION, derive_generator, epoch_order
+from .randomness import AUGMENTATION, SampleOrder, derive_generator
 
 
 class CropSample(NamedTuple):
@@ -29,13 +29,10 @@ class CropSamples(Dataset):
 
     def __init__(self, pairs: MaskPairs, recipe: AdaptationRecipe) -> None:
         self.pairs, self.recipe = pairs, recipe
-        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))
+        self.order = SampleOrder(recipe.seed, len(pairs))
 
     def __getitem__(self, position: int) -> CropSample:
-        epoch, place = divmod(position, len(self.pairs))
-        if self._order[0] != epoch:
-            self._order = (epoch, epoch_order(self.recipe.seed, epoch, len(self.pairs)))
-        index = int(self._order[1][place])
+        epoch, index = self.order[position]
         pair = self.pairs[index]
         generator = derive_generator(self.recipe.seed, AUGMENTATION, epoch, index)
         return CropSample(pair, random_box(pair.mask, self.recipe.crop_scale, self.recipe.crop_ratio, generator))
@@ -64,11 +61,11 @@ def random_box(
 def crop_inputs(samples: Sequence[CropSample], size: int, mask_fill: str = "mean") -> tuple[torch.Tensor, torch.Tensor]:
     """CLIP's inputs as OVSeg makes them at inference: `[B, 3, size, size]` and bool masks `[B, size, size]`."""
     mean, std = (torch.tensor(values)[:, None, None] for values in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
+    grids = CropGrid.of(torch.tensor([sample.box for sample in samples]), size).split()
     crops, masks = [], []
-    for (crop, mask, _), box in samples:
+    for ((crop, mask, _), _), grid in zip(samples, grids):
         picture = (torch.tensor(crop).permute(2, 0, 1).float() / 255 - mean) / std
-        mask, boxes = torch.tensor(mask)[None], torch.tensor([box])
-        inputs = crop_for_clip(picture, mask, boxes, size, mask_fill)
+        inputs = crop_for_clip(picture, torch.tensor(mask)[None], grid, mask_fill)
         crops.append(inputs[0])
         masks.append(inputs[1])
     return torch.cat(crops), torch.cat(masks)
@@ -86,10 +83,17 @@ class CropBatchMaker:
 
     def __init__(self, tokenizer: Any, size: int, template: str = "{}", mask_fill: str = "mean") -> None:
         self.tokenizer, self.size, self.template, self.mask_fill = tokenizer, size, template, mask_fill
+        self._input_ids: dict[str, torch.Tensor] = {}
 
     def __call__(self, samples: Sequence[CropSample]) -> dict[str, torch.Tensor]:
         """`crops`, `masks` and `input_ids`."""
-        texts = [self.template.replace("{}", sample.pair.noun) for sample in samples]
-        tokens = self.tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")
         crops, masks = crop_inputs(samples, self.size, self.mask_fill)
-        return {"crops": crops, "masks": masks, "input_ids": tokens["input_ids"]}
+        return {"crops": crops, "masks": masks, "input_ids": self._tokens([sample.pair.noun for sample in samples])}
+
+    def _tokens(self, nouns: Sequence[str]) -> torch.Tensor:
+        """Input ids `[B, L]`; each noun is tokenised once."""
+        if new := sorted(set(nouns) - set(self._input_ids)):
+            texts = [self.template.replace("{}", noun) for noun in new]
+            tokens = self.tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")
+            self._input_ids.update(zip(new, tokens["input_ids"]))
+        return torch.stack([self._input_ids[noun] for noun in nouns])

@@ -8,7 +8,6 @@ loader has to be saved.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +19,7 @@ from ..data.augmentation import Augmentation, augment
 from ..data.labelled_pictures import LabelledPictures
 from ..label_maps import IGNORED
 from ..strict_mapping import RecipeError
-from .randomness import AUGMENTATION, LOSS, derive_generator, derive_seed, epoch_order
+from .randomness import AUGMENTATION, LOSS, SampleOrder, derive_generator, derive_seed
 
 
 class TrainingSample(NamedTuple):
@@ -42,12 +41,10 @@ class TrainingSamples(Dataset):
 
     def __init__(self, pictures: LabelledPictures, augmentations: Sequence[Augmentation], seed: int) -> None:
         self.pictures, self.augmentations, self.seed = pictures, augmentations, seed
-        # a worker stays within an epoch or two
-        self._order = lru_cache(maxsize=2)(lambda epoch: epoch_order(seed, epoch, len(pictures)))
+        self.order = SampleOrder(seed, len(pictures))
 
     def __getitem__(self, position: int) -> TrainingSample:
-        epoch, place = divmod(position, len(self.pictures))
-        index = int(self._order(epoch)[place])
+        epoch, index = self.order[position]
         generator = derive_generator(self.seed, AUGMENTATION, epoch, index)
         image, label_map = augment(*self.pictures[index], self.augmentations, generator)
         return TrainingSample(image, label_map, derive_seed(self.seed, LOSS, epoch, index))

@@ -28,6 +28,26 @@ def epoch_order(seed: int, epoch: int, length: int) -> np.ndarray:
     return derive_generator(seed, ORDER, epoch).permutation(length)
 
 
+class SampleOrder:
+    """Which sample each position of an endless training sequence holds: the shuffled epoch 0, then epoch 1, and so on.
+
+    Args:
+        seed: the recipe's.
+        length: samples of an epoch.
+    """
+
+    def __init__(self, seed: int, length: int) -> None:
+        self.seed, self.length = seed, length
+        self._epoch: tuple[int, np.ndarray] = (-1, np.empty(0, dtype=np.int64))  # positions are read nearly in order
+
+    def __getitem__(self, position: int) -> tuple[int, int]:
+        """Epoch and index of the sample."""
+        epoch, place = divmod(position, self.length)
+        if self._epoch[0] != epoch:
+            self._epoch = (epoch, epoch_order(self.seed, epoch, self.length))
+        return epoch, int(self._epoch[1][place])
+
+
 def seed_step(seed: int, step: int, micro_batch: int, process: int) -> None:
     """Seed torch's global generator, from which dropout draws, for one micro-batch on one process."""
     torch.manual_seed(derive_seed(seed, DROPOUT, step, micro_batch, process))

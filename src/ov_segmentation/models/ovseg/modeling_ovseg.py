@@ -18,7 +18,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from ...conversion_maskformer import load_backbone_weights
 from ...layers.cosine_classifier import cosine_logits
 from ...layers.learned_prompts import LearnedPrompt, LearnedPromptMixin, read_learned_prompt
-from ...layers.mask_crops import crop_for_clip, mask_boxes
+from ...layers.mask_crops import CropGrid, crop_for_clip, mask_boxes
 from ...layers.mask_prompts import DeepPrompts, MaskPrompts, encode_crops
 from ...layers.maskformer import MaskProposalNetwork, MaskProposals, init_mask_proposal_weights
 from ...layers.sliding_window import each_view, encode_each, split_pictures, view_boxes
@@ -287,7 +287,7 @@ class OVSegForOpenVocabularySegmentation(LearnedPromptMixin, OpenVocabularySegme
     def _crop(self, picture: torch.Tensor, masks: torch.Tensor, size: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         boxes = mask_boxes(masks, self.config.mask_expand_ratio)
         picture = picture[:, : size[0], : size[1]]
-        return crop_for_clip(picture, masks, boxes, self.config.crop_size, self.config.mask_fill)
+        return crop_for_clip(picture, masks, CropGrid.of(boxes, self.config.crop_size), self.config.mask_fill)
 
     def _encode_crops(self, crops: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
         features = encode_crops(self.clip.vision_model, self.clip.visual_projection, crops, masks, self.visual_prompts)
