@@ -53,6 +53,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def run(options: argparse.Namespace, given: Sequence[str]) -> None:
     """Evaluate as the command line says."""
+    if not (options.data / EVALUATION_FOLDER).is_dir():
+        raise ValueError(
+            f"There is no folder {options.data / EVALUATION_FOLDER}: "
+            f"python examples/make_scenes.py --output {options.data} makes it."
+        )
     model = AutoModelForOpenVocabularySegmentation.from_pretrained(options.model, dtype=torch.float32)
     plain_clip = isinstance(AutoConfig.from_pretrained(options.model), CLIPConfig)
     processor = DeOPProcessor.from_clip(options.model) if plain_clip else AutoProcessor.from_pretrained(options.model)

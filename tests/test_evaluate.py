@@ -263,6 +263,10 @@ def test_another_evaluation_in_the_folder(tmp_path):
     with pytest.raises(SystemExit, match="another modes"):
         evaluate(model, [data], tmp_path / "out", "--oracle", "masks")
     evaluate(model, [data], tmp_path / "out", "--oracle", "masks", "--resume", "never")
+    kept = {file: file.read_bytes() for file in (tmp_path / "out").rglob("*") if file.is_file()}
+    with pytest.raises(SystemExit, match="no split 'test'"):
+        evaluate(model, [data], tmp_path / "out", "--resume", "never", "--split", "test")
+    assert {file: file.read_bytes() for file in (tmp_path / "out").rglob("*") if file.is_file()} == kept
 
 
 # ---------------------------------------------------------------------- bad input
@@ -285,6 +289,7 @@ def test_bad_input_is_named(prepared, tmp_path):
     assert "NAME=VALUE" in refused(model, [data], tmp_path / "o", "--set", "class_attention_pooling")
     assert "There is no split 'test'" in refused(model, [data], tmp_path / "o", "--split", "test")
     assert "no evaluation protocol of 'fake_segmentation'" in refused_without_protocol(model, data, tmp_path / "o")
+    assert not (tmp_path / "o").exists()
     label_map = tmp_path / "data/annotations/validation/1.png"
     official_trees.save_map(label_map, np.full((24, 32), 40))
     assert "holds the id 40" in refused(model, [data], tmp_path / "o2")
@@ -319,6 +324,9 @@ def test_own_names_and_own_data(tmp_path):
         model, [f"streets={tmp_path / 'data'}"], tmp_path / "b", "--ignore-index", 11, benchmarks=("streets",)
     )["streets"]
     assert_perfect(report)
+    both = [data, f"streets={tmp_path / 'data'}"]
+    message = refused(model, both, tmp_path / "c", "--split", "train", benchmarks=("streets",))
+    assert "There is no split 'train'" in message and not (tmp_path / "c").exists()
 
 
 # ---------------------------------------------------------------------- parts

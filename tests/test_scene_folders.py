@@ -10,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from datasets import load_dataset
 
+from examples.evaluate_scenes import main as evaluate_command
 from ov_segmentation.data.class_names import class_names
 from ov_segmentation.data.datasets import load_segmentation_data
 from ov_segmentation.data.scene_folders import world_suffix, write_scenes
@@ -46,6 +47,18 @@ def test_evaluation_has_all_names_and_other_scenes(folder: Path) -> None:
     assert list(data) == ["validation"] and class_names(data) == list(SCENES.names)
     trained = load_dataset(str(folder / "train"), split="train")
     assert not np.array_equal(np.asarray(data["validation"][0]["image"]), np.asarray(trained[0]["image"]))
+
+
+def test_the_command_says_what_makes_the_scenes(folder: Path, tmp_path: Path) -> None:
+    """Also where the model is missing: the scenes are looked for first, and no model is loaded."""
+    arguments = ["--model", str(tmp_path / "model"), "--data"]
+    for data in (tmp_path / "scenes", folder / "train"):
+        with pytest.raises(SystemExit) as error:
+            evaluate_command([*arguments, str(data)])
+        assert f"no folder {data / 'evaluation'}: python examples/make_scenes.py --output {data}" in str(error.value)
+    with pytest.raises(SystemExit) as error:
+        evaluate_command([*arguments, str(folder)])
+    assert "make_scenes" not in str(error.value) and str(tmp_path / "model") in str(error.value)
 
 
 def test_scenes_that_are_not_the_standard_ones_have_a_protocol_of_their_own(folder: Path, tmp_path: Path) -> None:

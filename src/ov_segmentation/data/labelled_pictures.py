@@ -32,14 +32,22 @@ class SegmentationData:
     ignore_index: tuple[int, ...] = ()
     reduce_labels: bool = False
 
+    def require(self, split: str) -> None:
+        """Look whether there is such a split.
+
+        Raises:
+            ValueError: there is not.
+        """
+        if split not in self.splits:
+            raise ValueError(f"There is no split {split!r}. This data set has: {', '.join(self.splits)}.")
+
     def split(self, name: str, max_samples: int | None = None) -> LabelledPictures:
         """The decoded and checked samples of a split.
 
         Raises:
             ValueError: no such split, or an empty one.
         """
-        if name not in self.splits:
-            raise ValueError(f"There is no split {name!r}. This data set has: {', '.join(self.splits)}.")
+        self.require(name)
         rows = self.splits[name]
         if not len(rows):
             raise ValueError(f"The split {name!r} is empty.")
@@ -53,8 +61,7 @@ class SegmentationData:
         Raises:
             ValueError: no such split.
         """
-        if name not in self.splits:
-            raise ValueError(f"There is no split {name!r}. This data set has: {', '.join(self.splits)}.")
+        self.require(name)
         return LabelledStream(self, name, self.splits[name])
 
     def check(self, row: Mapping[str, Any], name: str) -> LabelledPicture:

@@ -55,7 +55,9 @@ def load_benchmark(
     if benchmark not in BENCHMARKS:
         data = load_segmentation_data(place, ignore_index=ignore_index, streaming=streaming)
         vocabulary = data.vocabulary
-        return own_protocol(benchmark, method, vocabulary.synonyms, ignore_index, split or "validation"), data
+        protocol = own_protocol(benchmark, method, vocabulary.synonyms, ignore_index, split or "validation")
+        data.require(protocol.split)
+        return protocol, data
     protocol = evaluation_protocol(benchmark, method)
     card = read_card(Path(place)) if Path(place).is_dir() else None
     if card is not None and card.get("data_set") != benchmark:
@@ -64,7 +66,9 @@ def load_benchmark(
         place, class_names=list(protocol.class_names), ignore_index=list(protocol.ignore_index), streaming=streaming
     )
     _check_names(place, data.splits, protocol)
-    return protocol.with_changes(split=split), data
+    protocol = protocol.with_changes(split=split)
+    data.require(protocol.split)
+    return protocol, data
 
 
 def _check_names(place: str, splits: Any, protocol: EvaluationProtocol) -> None:

@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 
 from ..data.benchmarks import EvaluationProtocol
-from ..data.labelled_pictures import SegmentationData
+from ..data.labelled_pictures import LabelledPictures, LabelledStream, SegmentationData
 from ..metrics import ConfusionMatrix
 from ..proposal_recall import ProposalScores
 from ..text_encoding import hash_tensors
@@ -81,10 +81,13 @@ def count_pixels(
         progress: wraps the loader, given this process's number of pictures (None: unknown) and of those done before.
 
     Raises:
+        ValueError: no such split, or an empty one; nothing has been written then.
         EvaluationError: `folder` holds another evaluation; pictures were lost (a stream that changed).
     """
     modes = (PLAIN, *oracles)
     matrices = {mode: ConfusionMatrix(len(protocol.class_names)) for mode in modes}
+    # first of all: a split that is not there shall claim no folder, nor empty one
+    split = data.stream(protocol.split) if streaming else data.split(protocol.split, max_samples)
     state = EvaluationState(folder, accelerator.process_index)
     identity = {
         "protocol": protocol.id,
@@ -102,7 +105,7 @@ def count_pixels(
         before = state.open(identity)
     accelerator.wait_for_everyone()
     done = set(broadcast_object_list([sorted(before)])[0])
-    share, total = _share(processor, protocol, data, accelerator, done, streaming, max_samples)
+    share, total = _share(processor, protocol, split, accelerator, done, max_samples)
     if isinstance(share, PictureShare):
         _check_names(before, share)
     mine = []
@@ -163,23 +166,20 @@ def _sum_proposals(found: Iterable[Mapping[str, Mapping[str, int]]]) -> dict[str
 def _share(
     processor: Any,
     protocol: EvaluationProtocol,
-    data: SegmentationData,
+    split: LabelledPictures | LabelledStream,
     accelerator: Accelerator,
     done: set[int],
-    streaming: bool,
     max_samples: int | None,
 ) -> tuple[PictureShare | PictureStream, int | None]:
     """Pictures of this process, and how many the split has (None: a stream does not say)."""
     process, num_processes = accelerator.process_index, accelerator.num_processes
     short_side = protocol.annotation_short_side
-    if streaming:
-        stream = data.stream(protocol.split)
-        share = PictureStream(stream, processor.image_processor, done, process, num_processes, short_side, max_samples)
+    if isinstance(split, LabelledStream):
+        share = PictureStream(split, processor.image_processor, done, process, num_processes, short_side, max_samples)
         return share, None
-    pictures = data.split(protocol.split, max_samples)
-    rest = [index for index in range(len(pictures)) if index not in done]
-    share = PictureShare(pictures, processor.image_processor, rest[process::num_processes], short_side)
-    return share, len(pictures)
+    rest = [index for index in range(len(split)) if index not in done]
+    share = PictureShare(split, processor.image_processor, rest[process::num_processes], short_side)
+    return share, len(split)
 
 
 def _check_names(before: Mapping[int, Record], share: PictureShare) -> None:
