@@ -14,19 +14,17 @@ from ov_segmentation import ledger
 from ov_segmentation.data.scene_vocabulary import SceneVocabulary
 from ov_segmentation.data.scenes import SceneGenerator
 from ov_segmentation.strict_mapping import RecipeError
-from ov_segmentation.training.sam_training import (
+from ov_segmentation.training.sam_evaluation import evaluate_sam
+from ov_segmentation.training.sam_prompts import (
     PROMPTS,
     SMALLEST_REGION,
-    SamRecipe,
     ask,
     boxes_of,
-    build_sam,
     draw_prompts,
-    evaluate_sam,
     mask_iou,
-    sam_loss,
     scene_regions,
 )
+from ov_segmentation.training.sam_training import SamRecipe, build_sam, sam_loss
 from ov_segmentation.training.sam_training import train_sam as train_sam_model
 
 RECIPE = Path(__file__).resolve().parents[1] / "examples" / "recipes" / "sam_scenes.yaml"
