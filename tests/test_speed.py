@@ -9,6 +9,7 @@ from torch import nn
 
 from benchmarks import growth, measuring, precision, rows, speed, training, training_sizes
 from ov_segmentation import ledger
+from ov_segmentation.layers import attention
 from ov_segmentation.layers.sliding_window import window_offsets
 from ov_segmentation.models.sed import chunks
 from ov_segmentation.post_processing import post_process_semantic_segmentation
@@ -30,6 +31,16 @@ def test_multiply_adds_are_counted_by_kind():
         CONVOLUTION: 6 * 2 * 9 * 3 * 4,  # 2 input channels per group, 3 x 4 positions
         ATTENTION: 2 * (2 * 5 * 7 * 8),
     }
+
+
+@pytest.mark.parametrize(("dtype", "tokens", "channels"), [(torch.float32, 500, 64), (torch.bfloat16, 200, 8)])
+def test_attention_in_tiles_counts_as_attention_and_what_follows_does_not(dtype, tokens, channels):
+    query = torch.ones(1, 2, tokens, channels, dtype=dtype)
+    with torch.no_grad(), MultiplyAddCounter() as counter:
+        attention.tiled_attention(query, query, query)
+        query[0] @ query[0].transpose(1, 2)
+    scores = 2 * tokens * tokens * channels
+    assert counter.multiply_adds == {MATRIX_PRODUCT: scores, CONVOLUTION: 0, ATTENTION: 2 * scores}
 
 
 def test_a_call_is_measured_beside_the_unit(monkeypatch):

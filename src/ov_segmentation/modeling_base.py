@@ -14,6 +14,7 @@ from .configuration_base import OpenVocabularySegmentationConfig
 from .download_errors import loading_explained
 from .from_clip import FromCLIPMixin
 from .layers.clip_stem import CLIPStem, init_clip_stem_weights
+from .layers.freed_memory import keep_freed_memory
 from .layers.products import replace_linear
 from .losses import SeededDraws
 from .modeling_outputs import ImageState, OpenVocabularySegmentationOutput
@@ -59,6 +60,7 @@ class OpenVocabularySegmentationModel(PushToHub, FromCLIPMixin, TextSideMixin, P
             cls.config_class = get_type_hints(cls)["config"]
 
     def __init__(self, config: OpenVocabularySegmentationConfig, *args: Any, **kwargs: Any) -> None:
+        keep_freed_memory()
         super().__init__(config, *args, **kwargs)
         self._text_cache = TextEmbeddingCache()
 

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
+from .layers.attention import TILED_ATTENTION
 from .modeling_base import OpenVocabularySegmentationModel
 
 MATRIX_PRODUCT, CONVOLUTION, ATTENTION = KINDS = ("matrix product", "convolution", "attention")
@@ -21,12 +22,14 @@ class MultiplyAddCounter(TorchDispatchMode):
     """Counts multiply-adds while it is entered, by kind of operation, of calls that compute or run on the meta device.
 
     `multiply_adds`: kind -> half its floating point operations. What papers of this field call FLOPs are multiply-adds.
-    Attention that is written out counts as matrix products.
+    Attention in tiles counts as attention, attention that is written out otherwise as matrix products.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.multiply_adds: dict[str, int] = dict.fromkeys(KINDS, 0)
+        # names of the profiler's regions that the call is in
+        self._regions: list[str] = []
 
     def __torch_dispatch__(
         self, operation: Any, types: Any, arguments: tuple = (), keywords: dict[str, Any] | None = None
@@ -35,15 +38,20 @@ class MultiplyAddCounter(TorchDispatchMode):
         keywords = keywords or {}
         result = operation(*arguments, **keywords)
         packet = operation._overloadpacket
-        if "attention" in str(packet) and "backward" not in str(packet):
+        in_tiles = TILED_ATTENTION in self._regions
+        if packet is torch.ops.profiler._record_function_enter_new:
+            self._regions.append(arguments[0])
+        elif packet is torch.ops.profiler._record_function_exit:
+            self._regions.pop()
+        elif "attention" in str(packet) and "backward" not in str(packet):
             # torch's own table lacks the fused kernels of processors
             self.multiply_adds[ATTENTION] += _attention_multiply_adds(*arguments[:3])
         elif str(packet).startswith("mkldnn._"):  # see layers/products.py and layers/fused_convolution.py
             weight = next(one for one in reversed(arguments[:3]) if isinstance(one, torch.Tensor) and one.ndim > 1)
-            kind = CONVOLUTION if "convolution" in str(packet) else MATRIX_PRODUCT
+            kind = CONVOLUTION if "convolution" in str(packet) else ATTENTION if in_tiles else MATRIX_PRODUCT
             self.multiply_adds[kind] += result.numel() * weight.shape[1:].numel()
         elif packet in flop_registry:
-            kind = CONVOLUTION if "conv" in str(packet) else MATRIX_PRODUCT
+            kind = CONVOLUTION if "conv" in str(packet) else ATTENTION if in_tiles else MATRIX_PRODUCT
             self.multiply_adds[kind] += flop_registry[packet](*arguments, **keywords, out_val=result) // 2
         return result
 
