@@ -38,20 +38,24 @@ class MultiplyAddCounter(TorchDispatchMode):
         keywords = keywords or {}
         result = operation(*arguments, **keywords)
         packet = operation._overloadpacket
-        in_tiles = TILED_ATTENTION in self._regions
         if packet is torch.ops.profiler._record_function_enter_new:
-            self._regions.append(arguments[0])
+            name, multiply_adds = arguments
+            self._regions.append(name)
+            if name == TILED_ATTENTION:
+                self.multiply_adds[ATTENTION] += int(multiply_adds)
         elif packet is torch.ops.profiler._record_function_exit:
             self._regions.pop()
+        elif TILED_ATTENTION in self._regions:
+            pass  # its products are counted
         elif "attention" in str(packet) and "backward" not in str(packet):
             # torch's own table lacks the fused kernels of processors
             self.multiply_adds[ATTENTION] += _attention_multiply_adds(*arguments[:3])
         elif str(packet).startswith("mkldnn._"):  # see layers/products.py and layers/fused_convolution.py
             weight = next(one for one in reversed(arguments[:3]) if isinstance(one, torch.Tensor) and one.ndim > 1)
-            kind = CONVOLUTION if "convolution" in str(packet) else ATTENTION if in_tiles else MATRIX_PRODUCT
+            kind = CONVOLUTION if "convolution" in str(packet) else MATRIX_PRODUCT
             self.multiply_adds[kind] += result.numel() * weight.shape[1:].numel()
         elif packet in flop_registry:
-            kind = CONVOLUTION if "conv" in str(packet) else ATTENTION if in_tiles else MATRIX_PRODUCT
+            kind = CONVOLUTION if "conv" in str(packet) else MATRIX_PRODUCT
             self.multiply_adds[kind] += flop_registry[packet](*arguments, **keywords, out_val=result) // 2
         return result
 

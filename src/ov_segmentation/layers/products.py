@@ -6,6 +6,9 @@ which PyTorch itself calls for bfloat16 and for convolutions, does not. Its oper
 
 from __future__ import annotations
 
+import functools
+import math
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -47,18 +50,44 @@ def prefers_onednn(features: torch.Tensor, weight: torch.Tensor) -> bool:
     return takes(features) and takes(weight) and features.numel() * len(weight) >= LEAST_MULTIPLY_ADDS
 
 
-def takes(tensor: torch.Tensor) -> bool:
-    """Whether oneDNN may multiply it: float32 on a CPU, without gradients, tracing or autocast."""
+def grouped(features: torch.Tensor, weights: torch.Tensor, transposed: bool = False) -> torch.Tensor:
+    """A product for each of several groups, as a 1 x 1 convolution in groups, for which oneDNN is asked; for
+    `torch.bmm` in float32, MKL is.
+
+    Args:
+        features: `[M, *groups, I]`.
+        weights: `[*groups, O, I]`, or `[*groups, I, O]` if `transposed`.
+
+    Returns:
+        `[M, *groups, O]`. It is slow where neither O nor I is a multiple of 16.
+    """
+    *groups, rows, columns = weights.shape
+    pixels = features.flatten(1)[None, :, None].permute(0, 3, 1, 2)  # channels last in memory
+    kernels = weights.reshape(-1, columns, 1, 1)
+    convolve, outputs = (F.conv_transpose2d, columns) if transposed else (F.conv2d, rows)
+    products = convolve(pixels, kernels, groups=math.prod(groups))
+    return products.permute(0, 2, 3, 1)[0, :, 0].unflatten(1, (*groups, outputs))
+
+
+def takes(tensor: torch.Tensor, *dtypes: torch.dtype) -> bool:
+    """Whether oneDNN may multiply it: of one of the types (default: float32) and supported there, on a CPU, without
+    gradients, tracing or autocast."""
     return (
         not torch.compiler.is_compiling()  # first: sizes are symbols then
         and _LINEAR is not None
-        and tensor.dtype == torch.float32
+        and tensor.dtype in (dtypes or (torch.float32,))
+        and (tensor.dtype != torch.bfloat16 or _multiplies_bfloat16())
         and tensor.device.type == "cpu"
         and not torch.is_grad_enabled()
         and type(tensor) in _PLAIN_TYPES
         and not torch.jit.is_tracing()
         and not torch.is_autocast_enabled("cpu")
     )
+
+
+@functools.cache
+def _multiplies_bfloat16() -> bool:
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 class Linear(nn.Linear):
