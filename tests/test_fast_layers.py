@@ -72,13 +72,15 @@ def test_bicubic_resize_is_that_of_torch(old: tuple[int, int], new: tuple[int, i
 @pytest.mark.parametrize("bias_shape", [None, (2, 3, 200, 210), (1, 1, 200, 210)])
 @torch.no_grad()
 def test_tiled_attention(bias_shape: tuple[int, ...] | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "SCORES_AT_ONCE", 30_000)  # several tiles along the queries, the last one short
+    monkeypatch.setattr(
+        attention, "SCORES_AT_ONCE_BYTES", 120_000
+    )  # several tiles along the queries, the last one short
     query, key, value = (torch.randn(2, 3, length, 8) for length in (200, 210, 210))
     bias = None if bias_shape is None else torch.randn(bias_shape)
     expected = nn.functional.scaled_dot_product_attention(query, key, value, bias)
     torch.testing.assert_close(attention.tiled_attention(query, key, value, bias), expected, rtol=0, atol=1e-5)
-    for at_once in (90_000, 300_000):  # two heads at a time, and both pictures
-        monkeypatch.setattr(attention, "SCORES_AT_ONCE", at_once)
+    for at_once in (360_000, 1_200_000):  # two heads at a time, and both pictures
+        monkeypatch.setattr(attention, "SCORES_AT_ONCE_BYTES", at_once)
         torch.testing.assert_close(attention.tiled_attention(query, key, value, bias), expected, rtol=0, atol=1e-5)
 
 

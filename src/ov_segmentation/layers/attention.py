@@ -14,7 +14,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from . import products
 
 TILED_ATTENTION = "tiled_attention"
-SCORES_AT_ONCE = 2**21
+SCORES_AT_ONCE_BYTES = 2**22
 LEAST_QUERIES = 64
 # below this the calls cost more than the products
 LEAST_ELEMENTS = 2**16
@@ -101,7 +101,8 @@ def tiled_attention(
             key, value = (F.pad(one, (0, 0, 0, padding)) for one in (key, value))
         bias = None if bias is None else bias.expand(*key.shape[:2], num_queries, num_keys).permute(2, 0, 1, 3)
         result = query.new_empty(*query.shape[:3], value.shape[3])
-        for rows, heads in _tiles(*query.shape[:3], key.shape[2]):
+        at_once = SCORES_AT_ONCE_BYTES // query.element_size()
+        for rows, heads in _tiles(*query.shape[:3], key.shape[2], at_once):
             scores = products.grouped(query[(rows, *heads)], key[heads])
             if bias is not None:
                 scores[..., :num_keys] += bias[(rows, *heads)]
@@ -111,13 +112,15 @@ def tiled_attention(
         return result.permute(1, 2, 0, 3)
 
 
-def _tiles(num_queries: int, batch: int, heads: int, num_keys: int) -> Iterator[tuple[slice, tuple[slice, slice]]]:
-    """Queries, and pictures and heads, that are computed together: all heads of several pictures, several heads of one
+def _tiles(
+    num_queries: int, batch: int, heads: int, num_keys: int, at_once: int
+) -> Iterator[tuple[slice, tuple[slice, slice]]]:
+    """Queries, and pictures and heads, with about `at_once` scores: all heads of several pictures, several heads of one
     picture, or some queries of one head."""
     of_head = num_queries * num_keys
-    heads_at_once = min(heads, max(1, SCORES_AT_ONCE // of_head))
-    batch_at_once = max(1, SCORES_AT_ONCE // (heads * of_head))
-    rows_at_once = max(LEAST_QUERIES, SCORES_AT_ONCE // (heads_at_once * num_keys))
+    heads_at_once = min(heads, max(1, at_once // of_head))
+    batch_at_once = max(1, at_once // (heads * of_head))
+    rows_at_once = max(LEAST_QUERIES, at_once // (heads_at_once * num_keys))
     steps = (rows_at_once, batch_at_once, heads_at_once)
     for row, picture, head in itertools.product(*map(range, (0, 0, 0), (num_queries, batch, heads), steps)):
         yield (

@@ -62,6 +62,9 @@ def grouped(features: torch.Tensor, weights: torch.Tensor, transposed: bool = Fa
         `[M, *groups, O]`. It is slow where neither O nor I is a multiple of 16.
     """
     *groups, rows, columns = weights.shape
+    if math.prod(groups) == 1:
+        matrix = weights.view(rows, columns)
+        return linear(features.flatten(1), matrix.t() if transposed else matrix).unflatten(1, (*groups, -1))
     pixels = features.flatten(1)[None, :, None].permute(0, 3, 1, 2)  # channels last in memory
     kernels = weights.reshape(-1, columns, 1, 1)
     convolve, outputs = (F.conv_transpose2d, columns) if transposed else (F.conv2d, rows)
