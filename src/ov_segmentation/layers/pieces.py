@@ -1,8 +1,8 @@
-"""Running a layer in pieces whose intermediate results stay in the processor's caches."""
+"""Layers in pieces, whose intermediate results stay in the processor's caches, and results that come in pieces."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -27,11 +27,27 @@ def in_pieces(
     # a compiler comes first: the number of items may be one that it keeps open
     if torch.compiler.is_compiling() or first.device.type != "cpu" or torch.is_grad_enabled() or len(first) <= at_once:
         return function(*tensors)
-    result = None
-    for start in range(0, len(first), at_once):
-        piece = slice(start, start + at_once)
-        computed = function(*(None if tensor is None else tensor[piece] for tensor in tensors))
+    pieces = (slice(start, start + at_once) for start in range(0, len(first), at_once))
+    arguments = ((None if tensor is None else tensor[piece] for tensor in tensors) for piece in pieces)
+    return joined((function(*some) for some in arguments), len(first))
+
+
+def joined(parts: Iterable[torch.Tensor], length: int) -> torch.Tensor:
+    """`torch.cat` of parts that are made one after the other: without gradients each is written to its place as it
+    comes, so that nothing is held twice.
+
+    Args:
+        parts: at least one tensor.
+        length: of the result's first dimension, the sum of theirs.
+    """
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return torch.cat(list(parts))
+    result, stop = None, 0
+    for part in parts:
+        if len(part) == length:
+            return part
         if result is None:
-            result = computed.new_empty(len(first), *computed.shape[1:])
-        result[piece] = computed
+            result = part.new_empty(length, *part.shape[1:])
+        start, stop = stop, stop + len(part)
+        result[start:stop] = part
     return result

@@ -20,6 +20,7 @@ from ...layers.guided_swin import GuidedSwinPair
 from ...layers.initialization import init_torch_defaults
 from ...layers.linear_attention import ClassAttention, ClassSums, add_pooled, pool_positions, repeated
 from ...layers.one_channel import one_channel
+from ...layers.pieces import joined
 from ...layers.projected_skip import ProjectedSkip
 from ...layers.upsampling import GuidedUpsampling, PreparedUpsampling
 from ...losses_per_class import add_per_class_loss
@@ -203,22 +204,28 @@ class CATSegForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
         kept = None
         if max_classes is not None and max_classes < text_embeds.shape[0]:
             kept = strongest_classes(cost, max_classes)
-        parts = []
-        for rows in _row_slices(cost.shape[0], text.shape[0] if kept is None else max_classes, class_chunk_size):
-            row_cost, row_text = cost[rows], text.expand(cost[rows].shape[0], -1, -1)
-            if kept is not None:
-                row_cost = row_cost.gather(1, kept[rows][:, :, None, None, None].expand(-1, -1, *cost.shape[2:]))
-                row_text = row_text.gather(1, kept[rows][:, :, None].expand(-1, -1, row_text.shape[-1]))
-            chunks = self._embed(row_cost, row_text, class_chunk_size)
-            parts.append(self._aggregate(chunks, state, rows, class_attention_pooling, output_hidden_states))
-        used = torch.cat([logits for logits, _ in parts])
+        states: list[list[torch.Tensor]] = []
+
+        def aggregated() -> Iterator[torch.Tensor]:
+            num_classes = text.shape[0] if kept is None else max_classes
+            for rows in _row_slices(cost.shape[0], num_classes, class_chunk_size):
+                row_cost, row_text = cost[rows], text.expand(cost[rows].shape[0], -1, -1)
+                if kept is not None:
+                    row_cost = row_cost.gather(1, kept[rows][:, :, None, None, None].expand(-1, -1, *cost.shape[2:]))
+                    row_text = row_text.gather(1, kept[rows][:, :, None].expand(-1, -1, row_text.shape[-1]))
+                chunks = self._embed(row_cost, row_text, class_chunk_size)
+                logits, of_layers = self._aggregate(chunks, state, rows, class_attention_pooling, output_hidden_states)
+                states.append(of_layers)
+                yield logits
+
+        used = joined(aggregated(), cost.shape[0])
         outputs = OpenVocabularySegmentationOutput(logits=used, score_function="sigmoid")
         if kept is not None:
             every = used.new_full((used.shape[0], text.shape[0], *used.shape[-2:]), REJECTED)
-            outputs.logits = every.scatter(1, kept[:, :, None, None].expand_as(used), used)
+            outputs.logits = every.scatter_(1, kept[:, :, None, None].expand_as(used), used)
             outputs.kept_classes = kept.new_zeros(kept.shape[0], text.shape[0], dtype=torch.bool).scatter(1, kept, True)
         if output_hidden_states:
-            outputs.hidden_states = tuple(torch.cat(states) for states in zip(*(h for _, h in parts), strict=True))
+            outputs.hidden_states = tuple(torch.cat(maps) for maps in zip(*states, strict=True))
         if output_maps:
             outputs.maps = {"correlation": cost.mean(dim=2)}
         if labels is not None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
 
 from ...layers.correlation import strongest_classes
+from ...layers.pieces import joined
 from ...losses import SeededDraws
 
 
@@ -118,13 +120,13 @@ def labelled_first(labels: torch.Tensor, num_classes: int, draws: SeededDraws) -
 
 
 def by_class(
-    parts: list[torch.Tensor], shape: tuple[int, int], kept: torch.Tensor | None, missing: float
+    parts: Iterable[torch.Tensor], shape: tuple[int, int], kept: torch.Tensor | None, missing: float
 ) -> torch.Tensor:
     """Values `[n, ...]` of the pairs that are `kept` `[R, K]` (None: all) -> `[R, K, ...]`, `missing` elsewhere."""
-    values = torch.cat(parts)
     if kept is None:
-        return values.unflatten(0, tuple(shape))
-    return values.new_full((*shape, *values.shape[1:]), missing).index_put((kept,), values)
+        return joined(parts, math.prod(shape)).unflatten(0, tuple(shape))
+    values = joined(parts, int(kept.sum()))
+    return values.new_full((*shape, *values.shape[1:]), missing).index_put_((kept,), values)
 
 
 def average_over_classes(chunks: list[ClassChunk], num_classes: int) -> None:

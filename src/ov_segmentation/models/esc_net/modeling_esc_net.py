@@ -231,16 +231,19 @@ class ESCNetForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
         ]
         # classes wait for one another only where their maps are averaged
         groups = [list(chunks)] if averages else ([chunk] for chunk in chunks)
-        logits, records = [], []
-        for group in groups:
+        records: list[dict[str, torch.Tensor]] = []
+
+        def segmented() -> Iterator[torch.Tensor]:
             averaged = text_embeds.shape[0] if averages else None
-            run_blocks(self.blocks, group, sums, self.prompt_encoder, averaged, output_hidden_states, output_maps)
-            while group:
-                chunk = group.pop(0)
-                logits.append(self._decode(chunk, prepared))
-                records.append(chunk.records)
+            for group in groups:
+                run_blocks(self.blocks, group, sums, self.prompt_encoder, averaged, output_hidden_states, output_maps)
+                while group:
+                    chunk = group.pop(0)
+                    records.append(chunk.records)
+                    yield self._decode(chunk, prepared)
+
         outputs = OpenVocabularySegmentationOutput(
-            logits=by_class(logits, cost.shape[:2], kept, REJECTED), score_function="sigmoid", kept_classes=kept
+            logits=by_class(segmented(), cost.shape[:2], kept, REJECTED), score_function="sigmoid", kept_classes=kept
         )
         recorded = {
             name: by_class([record[name] for record in records], cost.shape[:2], kept, 0.0) for name in records[0]

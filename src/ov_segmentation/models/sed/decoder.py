@@ -148,4 +148,4 @@ def _scatter(logits: torch.Tensor, pairs: Sequence[torch.Tensor], rows: int, num
     if logits.shape[0] == rows * num_classes:
         return logits.view(rows, num_classes, *size)
     result = logits.new_full((rows * num_classes, *size), REJECTED)
-    return result.index_copy(0, torch.cat(list(pairs)), logits).view(rows, num_classes, *size)
+    return result.index_copy_(0, torch.cat(list(pairs)), logits).view(rows, num_classes, *size)

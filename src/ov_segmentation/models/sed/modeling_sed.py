@@ -21,6 +21,7 @@ from ...layers.correlation import correlation
 from ...layers.dense_clip import dense_clip_features
 from ...layers.initialization import init_torch_defaults
 from ...layers.picture_stretching import stretch_pictures
+from ...layers.pieces import joined
 from ...layers.sliding_window import cut_views, resize, split_pictures, view_boxes
 from ...losses_per_class import per_class_cross_entropy
 from ...modeling_base import OpenVocabularySegmentationModel
@@ -284,24 +285,28 @@ class SEDForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
             chosen = self._training_classes(labels, num_classes, sample_seeds)
             text_embeds = text_embeds[chosen]
         wants_auxiliary = output_maps or (labels is not None and self.config.auxiliary_loss_weight != 0)
-        rows = [
-            self.decoder(
-                state.dense_features[rows],
-                [guidance[rows] for guidance in state.image_guidance or ()],
-                text_embeds,
-                rejection_top_k,
-                class_attention_pooling,
-                class_chunk_size,
-                wants_auxiliary,
-            )
-            for rows in _row_slices(len(state.dense_features), text_embeds.shape[0], class_chunk_size)
-        ]
-        outputs = OpenVocabularySegmentationOutput(
-            logits=torch.cat([row.logits for row in rows]), score_function="sigmoid"
-        )
-        auxiliary = [torch.cat(logits) for logits in zip(*(row.auxiliary for row in rows), strict=True)]
+        kept, of_heads = [], []
+
+        def decoded() -> Iterator[torch.Tensor]:
+            for rows in _row_slices(len(state.dense_features), text_embeds.shape[0], class_chunk_size):
+                found = self.decoder(
+                    state.dense_features[rows],
+                    [guidance[rows] for guidance in state.image_guidance or ()],
+                    text_embeds,
+                    rejection_top_k,
+                    class_attention_pooling,
+                    class_chunk_size,
+                    wants_auxiliary,
+                )
+                kept.append(found.kept_classes)
+                of_heads.append(found.auxiliary)
+                yield found.logits
+
+        logits = joined(decoded(), len(state.dense_features))
+        outputs = OpenVocabularySegmentationOutput(logits=logits, score_function="sigmoid")
+        auxiliary = [torch.cat(logits) for logits in zip(*of_heads, strict=True)]
         if rejection_top_k is not None:
-            outputs.kept_classes = torch.cat([row.kept_classes for row in rows])
+            outputs.kept_classes = torch.cat(kept)
         if output_maps:
             cost = correlation(state.dense_features, text_embeds)
             outputs.maps = {"cost_map": cost} | {f"auxiliary_logits_{i}": maps for i, maps in enumerate(auxiliary)}
