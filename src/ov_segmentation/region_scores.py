@@ -41,6 +41,7 @@ def region_scores(
             region = region.to(field.device)
             resize = Bilinear((field.size, (height, width)))
             sums = torch.zeros(int(region.max()) + 1, num_classes, dtype=torch.float64, device=field.device)
+            every_class = torch.arange(num_classes, device=field.device)
             step = max(1, _BYTES_AT_ONCE // (4 * width * num_classes))
             for top in range(0, height, step):
                 rows, columns = (top, min(top + step, height)), (0, width)
@@ -48,7 +49,7 @@ def region_scores(
                 inside = part >= 0
                 if inside.any():
                     window = field.window(*resize.window(rows, columns))
-                    scores = resize(window.scores(torch.arange(num_classes, device=field.device)), rows, columns)
+                    scores = resize(window.scores(every_class, False), rows, columns)
                     sums.index_add_(0, part[inside], scores[inside].double())
             pixels = torch.bincount(region[region >= 0], minlength=len(sums))
             means.append((sums / pixels.clamp(min=1)[:, None]).float())

@@ -17,7 +17,7 @@ from .score_fields import SLACK, Field
 
 # so many are evaluated before it is asked which of them are beaten
 _FEW = 4
-_TILES_PER_SIDE = 24
+_TILES_PER_SIDE = 20
 _MIN_TILE = 40
 _RIVALS = 8
 _ACCELERATOR_BYTES = 256 * 2**20
@@ -63,19 +63,21 @@ def draw_label_map(field: Field, size: tuple[int, int], with_total: bool, with_s
     for rows, columns in _tiles(size, field.num_classes, device):
         tile = (slice(*rows), slice(*columns))
         window = field.window(*resize.window(rows, columns))
-        if with_total:
-            result.total[tile] = resize(window.total()[..., None], rows, columns)[..., 0]
         # scores of 0 never win: index 0 and score 0 are what a pixel without any score gets
         promising = (window.high * (1 + SLACK) >= window.low.max()) & (window.high > 0)
         classes = every_class if with_scores else every_class[promising]
         if window.beaten is not None and len(classes) > _FEW and not with_scores:
             classes = classes[~window.beaten(classes)]
-        if not len(classes):
+        if not (len(classes) or with_total):
             continue
         if len(classes) == 1 and not (with_total or with_scores) and window.low[classes] > 0:
             result.index[tile], result.best[tile] = classes, window.low[classes]
             continue
-        scores = resize(window.scores(classes), rows, columns)
+        scores = resize(window.scores(classes, with_total), rows, columns)
+        if with_total:
+            scores, result.total[tile] = scores[..., :-1], scores[..., -1]
+            if not len(classes):
+                continue
         best, winner = scores.max(-1)
         result.best[tile] = best
         result.index[tile] = torch.where(best > 0, classes[winner], 0)

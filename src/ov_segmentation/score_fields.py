@@ -6,7 +6,6 @@ rectangle of it. Fields of both families, and of several sliding views, look ali
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
@@ -25,16 +24,15 @@ class Window(NamedTuple):
     """One rectangle of a field of K non-negative scores.
 
     low, high: `[K]`: no score in the rectangle is below or above them.
-    scores: function of class indices `[n]` that gives their scores `[rows, columns, n]`.
-    total: function that gives the sum over all classes `[rows, columns]`, pruned ones included.
+    scores: function of class indices `[n]` that gives their scores `[rows, columns, n]`; with a second argument of True
+        `[rows, columns, n + 1]`, the sum over all classes, pruned ones included, behind them.
     beaten: function of class indices `[n]` that says of which there is a higher score everywhere, `[n]`, as far as
         that can be told without looking at every position; None: no more can be told than bounds say.
     """
 
     low: torch.Tensor
     high: torch.Tensor
-    scores: Callable[[torch.Tensor], torch.Tensor]
-    total: Callable[[], torch.Tensor]
+    scores: Callable[[torch.Tensor, bool], torch.Tensor]
     beaten: Callable[[torch.Tensor], torch.Tensor] | None = None
 
 
@@ -100,21 +98,18 @@ class MaskField:
     def window(self, rows: Span, columns: Span) -> Window:
         """Look at one rectangle."""
         (top, bottom), (left, right) = self.resize.window(rows, columns)
-        maps = self.resize(_part(self.logits, (slice(top, bottom), slice(left, right))), rows, columns)
+        # interpolating along rows changes nothing about the bounds, and is left for those who ask for scores
+        maps = self.resize.along_columns(_part(self.logits, (slice(top, bottom), slice(left, right))), columns)
         bounds = _bounds(maps, self.activation)
         low, high = bounds @ self.weights
 
-        @functools.cache
-        def masks() -> torch.Tensor:
-            return self.activation(maps)
+        def scores(classes: torch.Tensor, with_total: bool) -> torch.Tensor:
+            weights = self.weights[:, classes]
+            if with_total:
+                weights = torch.cat([weights, self.total_weights[:, None]], dim=1)
+            return tall_product(self.activation(self.resize.along_rows(maps, rows)), weights)
 
-        return Window(
-            low,
-            high,
-            lambda classes: tall_product(masks(), self.weights[:, classes]),
-            lambda: masks() @ self.total_weights,
-            lambda classes: self._beaten(*bounds, classes),
-        )
+        return Window(low, high, scores, lambda classes: self._beaten(*bounds, classes))
 
     def _beaten(self, low: torch.Tensor, high: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
         """Which classes score less than a mean of others, and so than one of them, for any masks within the bounds.
@@ -164,18 +159,21 @@ class ClassField:
         seen = _part(self.maps, source)
         low, high = self._keep(_bounds(seen, self.activation), slice(None))
 
-        def scores(classes: torch.Tensor) -> torch.Tensor:
+        def some(classes: torch.Tensor) -> torch.Tensor:
             maps = self.resize(seen[..., classes], rows, columns)
             return self._keep(maps if self.activation is None else self.activation(maps), classes)
 
         def total() -> torch.Tensor:
             if self.activation is not None:
-                return scores(torch.arange(self.num_classes, device=self.device)).sum(-1)
+                return some(torch.arange(self.num_classes, device=self.device)).sum(-1, keepdim=True)
             if self.summed is None:  # interpolation is linear: the sum of the maps is enough
                 self.summed = self._keep(self.maps, slice(None)).sum(-1, keepdim=True)
-            return self.resize(self.summed[source], rows, columns)[..., 0]
+            return self.resize(self.summed[source], rows, columns)
 
-        return Window(low, high, scores, total)
+        def scores(classes: torch.Tensor, with_total: bool) -> torch.Tensor:
+            return torch.cat([some(classes), total()], dim=-1) if with_total else some(classes)
+
+        return Window(low, high, scores)
 
     def _keep(self, scores: torch.Tensor, classes: torch.Tensor | slice) -> torch.Tensor:
         return scores if self.kept is None else scores * self.kept[classes]
@@ -195,8 +193,7 @@ class ResizedField:
         return Window(
             source.low,
             source.high,
-            lambda classes: self.resize(source.scores(classes), rows, columns),
-            lambda: self.resize(source.total()[..., None], rows, columns)[..., 0],
+            lambda classes, with_total: self.resize(source.scores(classes, with_total), rows, columns),
             source.beaten,
         )
 
@@ -245,20 +242,13 @@ class StitchedField:
         count = self.count[slice(*rows), slice(*columns)]
         whole = None if self.whole is None else self.whole.window(rows, columns)
 
-        def stitch(values: Callable[[Window], torch.Tensor]) -> torch.Tensor:
-            pieces = [(place, values(part)) for place, part in parts]
-            trailing = pieces[0][1].shape[2:]
-            canvas = torch.zeros(*count.shape, *trailing, device=self.device)
-            for place, piece in pieces:
-                canvas[place] += piece
-            canvas /= count.reshape(*count.shape, *[1] * len(trailing))
-            return canvas if whole is None else (canvas + values(whole)) / 2
+        def scores(classes: torch.Tensor, with_total: bool) -> torch.Tensor:
+            canvas = torch.zeros(*count.shape, len(classes) + with_total, device=self.device)
+            for place, part in parts:
+                canvas[place] += part.scores(classes, with_total)
+            canvas /= count[..., None]
+            return canvas if whole is None else (canvas + whole.scores(classes, with_total)) / 2
 
         if whole is not None:
             low, high = (low + whole.low) / 2, (high + whole.high) / 2
-        return Window(
-            low,
-            high,
-            lambda classes: stitch(lambda part: part.scores(classes)),
-            lambda: stitch(lambda part: part.total()),
-        )
+        return Window(low, high, scores)
