@@ -198,7 +198,8 @@ class OpenVocabularySegmentationPipeline(PushToHub, Pipeline):
         try:
             outputs = self.model(**inputs, text_embeds=embed(vocabulary), **options)
         finally:
-            self.model.train(was_training)
+            if was_training:
+                self.model.train()
         found = self.processor.post_process_semantic_segmentation(
             outputs,
             target_sizes=[tuple(size) for size in inputs["original_sizes"].tolist()],
@@ -218,10 +219,9 @@ class OpenVocabularySegmentationPipeline(PushToHub, Pipeline):
         """Masks or a map from one picture's label map and confidences `[H, W]`."""
         segmentation = result["segmentation"].numpy().astype(np.int32)
         confidence = result["confidence"].float().numpy()
-        labelled = segmentation >= 0
-        owned = segmentation[labelled]
-        areas = np.bincount(owned, minlength=len(labels))
-        sums = np.bincount(owned, weights=confidence[labelled], minlength=len(labels))
+        owners = segmentation.ravel() + 1  # 0: unlabelled
+        areas = np.bincount(owners, minlength=len(labels) + 1)[1:]
+        sums = np.bincount(owners, weights=confidence.ravel(), minlength=len(labels) + 1)[1:]
         scores = (sums / np.maximum(areas, 1)).tolist()
         if output_type == "map":
             found = {"segmentation": segmentation, "labels": list(labels), "scores": scores}
