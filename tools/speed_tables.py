@@ -111,6 +111,19 @@ SPEED_TABLES: dict[str, LedgerTable] = {
         ),
         key=("kind", "name", "threads"),
     ),
+    "compiled": LedgerTable(
+        "compiled.jsonl",
+        (
+            Column("Method", "title"),
+            Column("Names", "classes", count),
+            Column("Seconds", "figures.seconds", two_digits),
+            Column("Compiled", "figures.compiled_seconds", two_digits),
+            Column("Ratio", "figures.ratio", two_digits),
+            Column("Compilation, s", "figures.compilation_seconds", one_digit),
+            Column("Commit", "commit", commit),
+        ),
+        key=("name", "classes", "threads"),
+    ),
     "precision": LedgerTable(
         "precision.jsonl",
         (
