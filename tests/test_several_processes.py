@@ -87,7 +87,6 @@ def work(folder: Path) -> None:
                 values = {name.removeprefix("module."): value.contiguous() for name, value in values.items()}
                 save_file(values, folder / file_name(kind, case))
         distributed.barrier()
-    distributed.barrier()  # gloo's threads of one process abort when the other one ends before them
     distributed.destroy_process_group()
 
 
