@@ -6,7 +6,6 @@ which PyTorch itself calls for bfloat16 and for convolutions, does not. Its oper
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
@@ -18,6 +17,7 @@ LEAST_MULTIPLY_ADDS = 2**21
 LEAST_TALL_ELEMENTS = 2**16
 _PLAIN_TYPES = (torch.Tensor, nn.Parameter)
 _LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+_TAKES_BFLOAT16 = _LINEAR is not None and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def linear(features: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -79,18 +79,13 @@ def takes(tensor: torch.Tensor, *dtypes: torch.dtype) -> bool:
         not torch.compiler.is_compiling()  # first: sizes are symbols then
         and _LINEAR is not None
         and tensor.dtype in (dtypes or (torch.float32,))
-        and (tensor.dtype != torch.bfloat16 or _multiplies_bfloat16())
+        and (tensor.dtype != torch.bfloat16 or _TAKES_BFLOAT16)
         and tensor.device.type == "cpu"
         and not torch.is_grad_enabled()
         and type(tensor) in _PLAIN_TYPES
         and not torch.jit.is_tracing()
         and not torch.is_autocast_enabled("cpu")
     )
-
-
-@functools.cache
-def _multiplies_bfloat16() -> bool:
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 class Linear(nn.Linear):
