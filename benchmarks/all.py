@@ -28,6 +28,7 @@ STEPS: tuple[tuple[str, Sequence[str], str], ...] = (
     ("speed", ("--dtypes", "float32", "--repeats", "2", "--budget", "8"), "speed"),
     ("speed", ("--dtypes", "bfloat16", "--repeats", "2", "--budget", "8"), "speed"),
     ("precision", ("--data", "{folder}/" + SCENES), "precision"),
+    ("compiled", (), "compiled"),
     ("growth", ("--tables", "windows"), "growth"),
     ("growth", ("--tables", "classes", "crops"), "growth"),
     ("training", ("--data", "{folder}"), "training_speed"),

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.measuring import Rows, timed
 from benchmarks.rows import SIZES, build, forced
 
-METHODS = ("san", "deop", "ovseg-20", "sed", "cat_seg", "esc_net")
+METHODS = ("san", "deop", "cat_seg")
 CLASSES = 150
 
 
@@ -34,17 +34,18 @@ def measure_row(name: str, classes: int, repeats: int) -> dict[str, Any]:
 
     config.freezing = True
     model, image_processor, pictures, text_embeds = build(name, classes, "float32")
-    inputs = image_processor(images=pictures, return_tensors="pt")
+    inputs = {**image_processor(images=pictures, return_tensors="pt"), "text_embeds": text_embeds}
+    inputs |= SIZES[name].switches
     compiled = torch.compile(model)
     times: dict[str, list[float]] = {"seconds": [], "compiled_seconds": []}
     with torch.no_grad(), forced(name, model, classes):
-        plain = model(**inputs, text_embeds=text_embeds)
+        plain = model(**inputs)
         start = time.perf_counter()
-        found = compiled(**inputs, text_embeds=text_embeds)
+        found = compiled(**inputs)
         first = time.perf_counter() - start
         for _ in range(repeats):
             for kind, call in zip(times, (model, compiled)):
-                times[kind].append(timed(lambda call=call: call(**inputs, text_embeds=text_embeds))[0])
+                times[kind].append(timed(lambda call=call: call(**inputs))[0])
     pairs = [(one, found[key]) for key, one in plain.items() if torch.is_tensor(one) and one.is_floating_point()]
     medians = {kind: statistics.median(of) for kind, of in times.items()}
     return {
