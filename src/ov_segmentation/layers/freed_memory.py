@@ -21,9 +21,9 @@ def keep_freed_memory() -> bool:
     """Let glibc keep up to 1 GiB of freed memory of tensors up to 32 MiB, once in a process; true if it does.
 
     On its own it gives a tensor of some megabytes back to the system as soon as a layer is done with it, and asks for
-    the same memory again for the next one; the system then clears it page by page, which costs up to a sixth of a
-    picture on a CPU. The memory that a picture needs at its peak stays what it was; between pictures the process
-    holds on to it, as torch does on GPUs.
+    the same memory again for the next one; the system then clears it page by page, which takes longer than a layer
+    that only moves or adds numbers. The memory that a picture needs at its peak stays what it was; between pictures
+    the process holds on to it, as torch does on GPUs.
 
     Does nothing where the environment sets glibc's own variables (`MALLOC_TRIM_THRESHOLD_=131072` is the way to have
     memory given back), or where another C library than glibc is.
