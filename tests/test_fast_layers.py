@@ -72,9 +72,8 @@ def test_bicubic_resize_is_that_of_torch(old: tuple[int, int], new: tuple[int, i
 @pytest.mark.parametrize("bias_shape", [None, (2, 3, 200, 210), (1, 1, 200, 210)])
 @torch.no_grad()
 def test_tiled_attention(bias_shape: tuple[int, ...] | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        attention, "SCORES_AT_ONCE_BYTES", 120_000
-    )  # several tiles along the queries, the last one short
+    # several tiles along the queries, the last one short
+    monkeypatch.setattr(attention, "SCORES_AT_ONCE_BYTES", 120_000)
     query, key, value = (torch.randn(2, 3, length, 8) for length in (200, 210, 210))
     bias = None if bias_shape is None else torch.randn(bias_shape)
     expected = nn.functional.scaled_dot_product_attention(query, key, value, bias)
@@ -82,6 +81,11 @@ def test_tiled_attention(bias_shape: tuple[int, ...] | None, monkeypatch: pytest
     for at_once in (360_000, 1_200_000):  # two heads at a time, and both pictures
         monkeypatch.setattr(attention, "SCORES_AT_ONCE_BYTES", at_once)
         torch.testing.assert_close(attention.tiled_attention(query, key, value, bias), expected, rtol=0, atol=1e-5)
+    half = [None if one is None else one.bfloat16() for one in (query, key, value, bias)]
+    found, eager = attention.tiled_attention(*half), attention.eager_attention(nn.Identity(), *half, 8**-0.5)[0]
+    assert found.dtype == torch.bfloat16
+    # off by about what eager attention is, whose scores are bfloat16 too
+    assert (found - expected).abs().max() < 2 * (eager.transpose(1, 2) - expected).abs().max()
 
 
 @pytest.mark.parametrize("contiguous", [True, False])
