@@ -168,7 +168,14 @@ SIZES = {
     ),
     "deop-sam": Size(
         "DeOP without training, SAM's masks",
-        lambda: DeOPConfig(proposals="sam", sam_config=SamConfig(), **TRAINING_FREE),
+        # random scores: every mask is computed, which is the most that SAM does, and none is kept
+        lambda: DeOPConfig(
+            proposals="sam",
+            sam_config=SamConfig(),
+            sam_score_threshold=-1000.0,
+            sam_stability_threshold=2.0,
+            **TRAINING_FREE,
+        ),
         (480, 640),
         {"pad_multiple": None},
     ),

@@ -635,6 +635,20 @@ def test_from_clip_and_sam(clip_folder: Path, sam_folder: Path, tmp_path: Path) 
         assert torch.equal(again(**inputs).class_queries_scores, outputs.class_queries_scores)
 
 
+def test_sam_in_bfloat16(clip_folder: Path, sam_folder: Path) -> None:
+    model = DeOPForOpenVocabularySegmentation.from_clip_and_sam(clip_folder, sam_folder, **LENIENT).eval()
+    model = model.to(torch.bfloat16)
+    processor = DeOPProcessor.from_clip(clip_folder)
+    inputs = processor(images=block_pictures((50, 91)), text=NAMES, return_tensors="pt").to(torch.bfloat16)
+    with torch.no_grad():
+        outputs = model(**inputs)
+    assert outputs.masks_queries_logits.dtype == torch.bfloat16
+    assert outputs.masks_queries_logits.shape[1] >= 2
+    (labels,) = processor.post_process_semantic_segmentation(outputs, target_sizes=inputs["original_sizes"])
+    assert labels.shape == (50, 91)
+    assert set(labels.unique().tolist()) <= set(range(len(NAMES)))
+
+
 def test_strict_filters_leave_no_proposals(clip_folder: Path, sam_folder: Path) -> None:
     values = {**LENIENT, "sam_score_threshold": 1e9}
     model = DeOPForOpenVocabularySegmentation.from_clip_and_sam(clip_folder, sam_folder, **values).eval()

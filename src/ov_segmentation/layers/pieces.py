@@ -23,13 +23,21 @@ def in_pieces(
         tensors: arguments of equal length in the first dimension, or None.
     """
     first = next(tensor for tensor in tensors if tensor is not None)
-    at_once = max(1, ELEMENTS_PER_PIECE // elements_per_item)
-    # a compiler comes first: the number of items may be one that it keeps open
-    if torch.compiler.is_compiling() or first.device.type != "cpu" or torch.is_grad_enabled() or len(first) <= at_once:
+    at_once = items_at_once(first, elements_per_item)
+    # a compiler has no pieces: the number of items may be one that it keeps open
+    if at_once is None or len(first) <= at_once:
         return function(*tensors)
     pieces = (slice(start, start + at_once) for start in range(0, len(first), at_once))
     arguments = ((None if tensor is None else tensor[piece] for tensor in tensors) for piece in pieces)
     return joined((function(*some) for some in arguments), len(first))
+
+
+def items_at_once(tensor: torch.Tensor, elements_per_item: int) -> int | None:
+    """Items of a piece, see `in_pieces`; None where layers do not run in pieces: on other devices than the CPU of
+    `tensor`, with gradients, in a compiler."""
+    if torch.compiler.is_compiling() or tensor.device.type != "cpu" or torch.is_grad_enabled():
+        return None
+    return max(1, ELEMENTS_PER_PIECE // elements_per_item)
 
 
 def joined(parts: Iterable[torch.Tensor], length: int) -> torch.Tensor:

@@ -18,6 +18,7 @@ from transformers.models.sam.modeling_sam import SamPromptEncoder, SamTwoWayAtte
 from .pieces import in_pieces
 from .pseudo_prompts import PseudoPrompts
 from .sliding_window import resize
+from .two_way_attention import two_way_block
 
 # the mask encoder has two convolutions of stride 2
 MASK_SCALE = 4
@@ -131,9 +132,7 @@ class SAMBlock(GradientCheckpointingLayer):
         return in_pieces(lambda *some: self._run(*some, positions), features[0].numel(), features, tokens)
 
     def _run(self, features: torch.Tensor, tokens: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        queries = tokens[:, None]
-        _, keys, _ = self.block(queries, features[:, None], queries, positions, None)
-        return keys[:, 0]
+        return two_way_block(self.block, tokens, features, tokens, positions)[1]
 
 
 def init_prompt_encoder(module: nn.Module) -> None:

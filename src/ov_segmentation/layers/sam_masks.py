@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from .mask_crops import mask_boxes
 from .mask_nms import box_overlaps, mask_overlaps, suppress
+from .sam_decoder import PointDecoder
 
 if TYPE_CHECKING:
     from transformers import SamModel
@@ -29,7 +30,7 @@ class SamOptions:
 
     Args:
         points_per_side: points of the grid, per side of the picture.
-        points_per_batch: points that go through the mask decoder at once.
+        points_per_batch: points that go through the mask decoder at once; on CPUs they can be fewer.
         score_threshold: least IoU that SAM predicts for a mask.
         stability_threshold: least IoU of a mask with itself when its logits are cut `stability_offset` higher and
             lower.
@@ -105,32 +106,23 @@ def _masks_of_picture(
     resized = F.interpolate(picture.float(), (new_height, new_width), mode="bilinear", antialias=True)
     square = F.pad(resized, (0, side - new_width, 0, side - new_height)).to(picture.dtype)
     embeddings = sam.get_image_embeddings(square)
+    decoder = PointDecoder(sam, embeddings)
     points = point_grid(options.points_per_side, new_height, new_width).to(picture)
-    logits, scores = [], []
-    for chunk in points.split(options.points_per_batch):
-        ours = _filtered(sam, embeddings, chunk, (new_height / side, new_width / side), options)
-        logits.append(ours[0])
-        scores.append(ours[1])
+    part = (new_height / side, new_width / side)
+    chunks = points.split(decoder.points_at_once(options.points_per_batch))
+    logits, scores = zip(*(_filtered(decoder, chunk, part, options) for chunk in chunks))
     kept = _deduplicated(torch.cat(logits), torch.cat(scores), options)
     return _on_canvas(kept, (canvas[0] * scale / side, canvas[1] * scale / side), size, options.exclusive)
 
 
 def _filtered(
-    sam: SamModel, embeddings: torch.Tensor, points: torch.Tensor, part: tuple[float, float], options: SamOptions
+    decoder: PointDecoder, points: torch.Tensor, part: tuple[float, float], options: SamOptions
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Mask logits `[n, m, m]` of `points` `[P, 2]`, padding set far outside, and scores, those that pass the filters.
 
     `part`: the share of SAM's square that the picture fills, (down, across).
     """
-    found = sam(
-        image_embeddings=embeddings,
-        input_points=points[None, :, None],
-        input_labels=torch.ones(1, len(points), 1, dtype=torch.long, device=points.device),
-        multimask_output=True,
-    )
-    logits, scores = found.pred_masks.flatten(0, 2).float(), found.iou_scores.flatten().float()
-    good = scores > options.score_threshold
-    logits, scores = logits[good], scores[good]
+    logits, scores = decoder(points, options.score_threshold)
     rows, columns = (max(1, round(share * length)) for share, length in zip(part, logits.shape[-2:]))
     logits[:, rows:] = FAR_OUTSIDE
     logits[:, :, columns:] = FAR_OUTSIDE

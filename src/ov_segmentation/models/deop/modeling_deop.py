@@ -20,6 +20,7 @@ from ...layers.heatmaps import ConvolutionalHeatmapDecoder, HeatmapDecoder, init
 from ...layers.learned_prompts import LearnedPrompt, LearnedPromptMixin
 from ...layers.maskformer import MaskProposalNetwork, MaskProposals, init_mask_proposal_weights
 from ...layers.picture_stretching import stretch_pictures
+from ...layers.sam_vision_attention import replace_sam_attention
 from ...layers.sliding_window import each_view, encode_each, split_pictures, view_boxes
 from ...losses import MaskClassificationCriterion, Prediction, sum_losses
 from ...modeling_base import OpenVocabularySegmentationModel
@@ -79,6 +80,7 @@ class DeOPForOpenVocabularySegmentation(
             from transformers import SamModel
 
             self.sam = SamModel._from_config(config.sam_config)
+            replace_sam_attention(self.sam)
         self.visual_prompts = VisualPrompts(config)
         self.no_object_embedding = nn.Parameter(torch.zeros(1, size))
         self.text_prompt = None

@@ -51,7 +51,7 @@ def given_proposals(masks: torch.Tensor, pixel_values: torch.Tensor) -> tuple[to
 def sam_proposals(
     sam: SamModel, config: DeOPConfig, pixel_values: torch.Tensor, sizes: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """SAM's masks of the pictures inside their padding, see `layers.sam_masks.sam_masks`."""
+    """SAM's masks of the pictures inside their padding, see `layers.sam_masks.sam_masks`, in the model's precision."""
 
     def constant(values: Any) -> torch.Tensor:
         return pixel_values.new_tensor(values)[:, None, None]
@@ -69,4 +69,5 @@ def sam_proposals(
         max_masks=config.sam_max_masks,
         exclusive=config.sam_exclusive,
     )
-    return sam_masks(sam, split_pictures(pictures, sizes), tuple(pixel_values.shape[-2:]), options)
+    masks, valid = sam_masks(sam, split_pictures(pictures, sizes), tuple(pixel_values.shape[-2:]), options)
+    return masks.to(pixel_values.dtype), valid
