@@ -95,6 +95,7 @@ def of_two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One start of two processes for all methods: importing them takes longer than what they compute."""
     folder = tmp_path_factory.mktemp("processes")
     environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}", "OMP_NUM_THREADS": "1"}
+    environment["PYTHONFAULTHANDLER"] = "1"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += ["-m", "tests.test_several_processes", str(folder)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
@@ -218,3 +219,7 @@ def test_a_single_number_cannot_be_shared_out() -> None:
 
 if __name__ == "__main__":
     work(Path(sys.argv[1]))
+    # Everything is written. torch's caches of DTensors hold on to the process group, whose threads would live into the
+    # interpreter's end; a process that aborts there (as one did in CI, "terminate called without an active exception")
+    # would take the results with it.
+    os._exit(0)
