@@ -223,7 +223,8 @@ class OpenVocabularySegmentationModel(PushToHub, FromCLIPMixin, TextSideMixin, P
             pixel_mask, original_sizes, reshaped_input_sizes, padded_sizes: as the image processor returns them.
             input_ids, attention_mask: `[K, P, L]` or `[K, P, S, L]` from the processor, or
             text_embeds: from `encode_vocabulary`; exactly one of the two.
-            labels: `[B, H, W]` int64 class indices, -100 ignored, at the size of `pixel_values`: adds `loss`.
+            labels: `[B, H, W]` int64 class indices, -100 ignored, at the size of `pixel_values`: adds `loss`. It is
+                taken on whole pictures, so the configuration's `sliding_window` is not used.
             sample_seeds: `[B]` int64: seeds of the random draws that the loss makes for each picture.
             output_hidden_states, output_attentions, output_maps: fill the output's fields of that name.
             switches: inference switches of the method; "config" (default) takes the config's value, None switches off.
@@ -231,6 +232,10 @@ class OpenVocabularySegmentationModel(PushToHub, FromCLIPMixin, TextSideMixin, P
         if (pixel_values is None) == (image_state is None):
             raise ValueError("Give either pixel_values or image_state (from model.encode_image), not both or neither.")
         resolved = self._resolve_switches(switches, self.switches | self.picture_switches)
+        if labels is not None:
+            if switches.get("sliding_window", FROM_CONFIG) not in (FROM_CONFIG, None, False):
+                raise ValueError("A loss is taken on whole pictures: leave sliding_window out, or pass False.")
+            resolved["sliding_window"] = False
         class_embeds = self._class_embeddings(input_ids, attention_mask, text_embeds)
         records = {
             "output_hidden_states": output_hidden_states,

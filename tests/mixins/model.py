@@ -336,6 +336,17 @@ class ModelTesterMixin:
         model.set_attn_implementation("eager")
         self.assert_same(self.run(model), fast, 1e-4)
 
+    def test_a_loss_is_taken_on_whole_pictures(self) -> None:
+        """Also of a model whose configuration asks for views, as that of a released checkpoint may."""
+        model = self.model()
+        inputs, losses = self.training_inputs(model), []
+        for model.config.sliding_window in (False, True):
+            torch.manual_seed(0)
+            losses.append(model(**inputs).loss)
+        assert torch.equal(*losses)
+        with pytest.raises(ValueError, match="whole pictures"):
+            model(**inputs, sliding_window=True)
+
     def test_sliding_window_gives_one_row_per_view(self) -> None:
         model = self.model()
         with torch.no_grad():

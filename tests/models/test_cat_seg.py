@@ -246,11 +246,6 @@ class TestCATSeg(ModelTesterMixin, FromCLIPTesterMixin, PipelineTesterMixin):
             model.config.ignore_as_negative = ignore_as_negative
             torch.testing.assert_close(model(**inputs).loss, loss)
 
-    def test_no_loss_on_views(self) -> None:
-        model = self.model().train()
-        with pytest.raises(ValueError, match="sliding_window=False"):
-            model(**self.training_inputs(model), sliding_window=True)
-
     # ------------------------------------------------------------------ what the configuration changes
 
     @pytest.mark.parametrize(

@@ -417,10 +417,8 @@ class TestESCNet(ModelTesterMixin, FromCLIPTesterMixin, PipelineTesterMixin):
         assert torch.equal(evaluated, model(**inputs, max_classes=4).kept_classes)
         assert model(**inputs).kept_classes is None
 
-    def test_no_loss_on_views_and_no_rejection_in_training(self) -> None:
+    def test_no_rejection_in_training(self) -> None:
         model = self.model().train()
-        with pytest.raises(ValueError, match="sliding_window=False"):
-            model(**self.training_inputs(model), sliding_window=True)
         with pytest.raises(ValueError, match="rejection_top_k=None"):
             model(**self.training_inputs(model), rejection_top_k=2)
 

@@ -25,7 +25,6 @@ def encode_views(
     config: DenseCLIPConfig,
     pixel_values: torch.Tensor,
     *,
-    for_training: bool,
     reshaped_input_sizes: torch.Tensor,
     sliding_window: bool,
     crop_batch_size: int | None,
@@ -39,19 +38,13 @@ def encode_views(
         clip: both towers.
         config: the model's.
         pixel_values: `[B, 3, H, W]`, padded right and bottom.
-        for_training: whether a loss follows.
         reshaped_input_sizes: `[B, 2]`, height and width of each picture.
         sliding_window: views in the place of the whole picture.
         crop_batch_size: rows that the image tower takes at once; None: all.
         output_attentions: keep the attention weights.
         pad_multiple: see `make_model_views`.
         unused: what else `_encode_image` of a model is given.
-
-    Raises:
-        ValueError: views of pictures that are trained on.
     """
-    if sliding_window and for_training:
-        raise ValueError("A loss is taken on whole pictures: pass sliding_window=False together with labels.")
     square, windows = (config.image_size, config.image_size), config.windows if sliding_window else None
     views = make_model_views(pixel_values, reshaped_input_sizes, square, windows, pad_multiple)
     dense = dense_clip_views(

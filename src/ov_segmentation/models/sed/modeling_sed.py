@@ -204,7 +204,6 @@ class SEDForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
         self,
         pixel_values: torch.Tensor,
         *,
-        for_training: bool,
         reshaped_input_sizes: torch.Tensor,
         sliding_window: bool,
         crop_batch_size: int | None,
@@ -218,8 +217,6 @@ class SEDForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
         boxes, canvas_size = None, None
         if not sliding_window:
             views = stretch_pictures(pixel_values, reshaped_input_sizes, config.input_size)
-        elif for_training:
-            raise ValueError("A loss is taken on whole pictures: pass sliding_window=False together with labels.")
         else:
             canvas_size = (config.canvas_size[0], config.canvas_size[1])
             windows = (config.window_pixels, config.window_stride, config.global_view)
