@@ -650,6 +650,19 @@ def test_sam_in_bfloat16(clip_folder: Path, sam_folder: Path) -> None:
     assert set(labels.unique().tolist()) <= set(range(len(NAMES)))
 
 
+def test_frozen_sam_runs_without_gradients(clip_folder: Path, sam_folder: Path) -> None:
+    model = DeOPForOpenVocabularySegmentation.from_clip_and_sam(clip_folder, sam_folder, **LENIENT).train()
+    inputs = {"pixel_values": torch.randn(1, 3, 64, 64), "text_embeds": torch.randn(3, 16)}
+    seen = []
+    model.sam.mask_decoder.iou_prediction_head.register_forward_hook(lambda *call: seen.append(call[2].requires_grad))
+    model(**inputs)
+    assert seen and not any(seen)
+    seen.clear()
+    model.sam.requires_grad_(True)
+    model(**inputs)
+    assert seen and all(seen)
+
+
 def test_strict_filters_leave_no_proposals(clip_folder: Path, sam_folder: Path) -> None:
     values = {**LENIENT, "sam_score_threshold": 1e9}
     model = DeOPForOpenVocabularySegmentation.from_clip_and_sam(clip_folder, sam_folder, **values).eval()

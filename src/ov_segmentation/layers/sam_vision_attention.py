@@ -21,7 +21,7 @@ class SAMVisionAttention(SamVisionSdpaAttention):
 
     def forward(self, hidden_states: torch.Tensor, output_attentions: bool = False) -> tuple[torch.Tensor, None]:
         """`[B, h, w, C]` -> `[B, h, w, C]`, and None for the weights."""
-        if not self.use_rel_pos or not prefers_tiles(hidden_states.flatten(1, 2)):
+        if output_attentions or not self.use_rel_pos or not prefers_tiles(hidden_states.flatten(1, 2)):
             return super().forward(hidden_states, output_attentions)
         height, width = hidden_states.shape[1:3]
         projected = self.qkv(hidden_states).flatten(1, 2).unflatten(-1, (3, self.num_attention_heads, -1))

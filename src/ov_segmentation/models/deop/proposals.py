@@ -69,5 +69,8 @@ def sam_proposals(
         max_masks=config.sam_max_masks,
         exclusive=config.sam_exclusive,
     )
-    masks, valid = sam_masks(sam, split_pictures(pictures, sizes), tuple(pixel_values.shape[-2:]), options)
+    # frozen in training, as it is unless the caller changes that, it runs as in inference
+    trained = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in sam.parameters())
+    with torch.set_grad_enabled(trained):
+        masks, valid = sam_masks(sam, split_pictures(pictures, sizes), tuple(pixel_values.shape[-2:]), options)
     return masks.to(pixel_values.dtype), valid
