@@ -33,13 +33,14 @@ class PointDecoder:
     def __init__(self, sam: SamModel, embeddings: torch.Tensor) -> None:
         self.sam, self.decoder = sam, sam.mask_decoder
         self.grid = embeddings.shape[-2:]
-        self.embeddings = _as_rows(embeddings)
+        # of points alone, the dense prompt is that of no mask
+        self.maps = _as_rows(embeddings).contiguous() + sam.prompt_encoder.no_mask_embed.weight
         self.positions = _as_rows(sam.get_image_wide_positional_embeddings())[0]
 
     def points_at_once(self, most: int) -> int:
         """How many points to decode in one call: `most`, on a CPU without gradients fewer if they would not stay in
         its caches."""
-        return min(most, items_at_once(self.embeddings, self.embeddings.numel()) or most)
+        return min(most, items_at_once(self.maps, self.maps.numel()) or most)
 
     def __call__(self, points: torch.Tensor, least_score: float) -> tuple[torch.Tensor, torch.Tensor]:
         """The masks of `points` `[P, 2]` (x, y) whose predicted IoU is above `least_score`, of three per point.
@@ -59,10 +60,10 @@ class PointDecoder:
         """Tokens `[P, T, C]` (of the score, four of masks, then the prompt's) and maps `[P, h * w, C]`."""
         decoder, transformer = self.decoder, self.decoder.transformer
         labels = torch.ones(1, len(points), 1, dtype=torch.long, device=points.device)
-        prompts, dense = self.sam.prompt_encoder(points[None, :, None], labels, None, None)
+        prompts, _ = self.sam.prompt_encoder(points[None, :, None], labels, None, None)
         outputs = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
         positions = torch.cat([outputs.expand(len(points), -1, -1), prompts[0].to(outputs.dtype)], dim=1)
-        tokens, maps = positions, self.embeddings + _as_rows(dense)
+        tokens, maps = positions, self.maps
         for block in transformer.layers:
             tokens, maps = two_way_block(block, tokens, maps, positions, self.positions)
         read = final_attention(transformer.final_attn_token_to_image, tokens, maps, positions, self.positions)
