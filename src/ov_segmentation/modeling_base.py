@@ -15,9 +15,10 @@ from .download_errors import loading_explained
 from .from_clip import FromCLIPMixin
 from .layers.clip_stem import CLIPStem, init_clip_stem_weights
 from .layers.freed_memory import keep_freed_memory
+from .layers.pieces import runs_in_pieces
 from .layers.products import replace_linear
 from .losses import SeededDraws
-from .modeling_outputs import ImageState, OpenVocabularySegmentationOutput
+from .modeling_outputs import ImageState, OpenVocabularySegmentationOutput, join_states
 from .pushing import PushToHub
 from .text_encoding import TextEmbeddingCache
 from .text_side import TextSideMixin
@@ -107,6 +108,11 @@ class OpenVocabularySegmentationModel(PushToHub, FromCLIPMixin, TextSideMixin, P
     "lora" (linear layers that low-rank updates are for). A method has an entry for those that it has."""
 
     @property
+    def encodes_alone(self) -> bool:
+        """Whether pictures may be encoded one after the other: their states are of equal shapes then too."""
+        return True
+
+    @property
     def unread_parameters(self) -> tuple[str, ...]:
         """Regular expressions of parameters that the loss does not reach, with this configuration."""
         return ()
@@ -185,7 +191,7 @@ class OpenVocabularySegmentationModel(PushToHub, FromCLIPMixin, TextSideMixin, P
         padded_sizes = whole if padded_sizes is None else padded_sizes
         reshaped_input_sizes = padded_sizes if reshaped_input_sizes is None else reshaped_input_sizes
         original_sizes = reshaped_input_sizes if original_sizes is None else original_sizes
-        state = self._encode_image(
+        state = self._encode_pictures(
             pixel_values.to(device=self.device, dtype=self.dtype),
             for_training=for_training,
             pixel_mask=pixel_mask,
@@ -196,6 +202,22 @@ class OpenVocabularySegmentationModel(PushToHub, FromCLIPMixin, TextSideMixin, P
         state.original_sizes, state.reshaped_input_sizes = original_sizes, reshaped_input_sizes
         state.padded_sizes = padded_sizes
         return state
+
+    def _encode_pictures(self, pixel_values: torch.Tensor, **inputs: Any) -> ImageState:
+        """`_encode_image`, on a CPU without gradients one picture after the other: maps stay in the caches, and memory
+        does not grow with their number. Views of a sliding window go one after the other as it is."""
+        count = len(pixel_values)
+        rows = {name: value.split(1) for name, value in inputs.items() if isinstance(value, torch.Tensor)}
+        alone = self.encodes_alone and runs_in_pieces(pixel_values) and not inputs.get("sliding_window")
+        # rows of another number are given to the method, which says what is wrong with them
+        if not alone or count < 2 or any(len(parts) != count for parts in rows.values()):
+            return self._encode_image(pixel_values, **inputs)
+        return join_states(
+            [
+                self._encode_image(picture, **{**inputs, **{name: parts[i] for name, parts in rows.items()}})
+                for i, picture in enumerate(pixel_values.split(1))
+            ]
+        )
 
     @can_return_tuple
     def forward(

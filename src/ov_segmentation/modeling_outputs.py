@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers.utils import ModelOutput
@@ -31,6 +33,24 @@ class ImageState(ModelOutput):
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
     maps: dict[str, torch.Tensor] | None = None
+
+
+def join_states(states: Sequence[ImageState]) -> ImageState:
+    """The state of several pictures, or views, from the states of each."""
+    return type(states[0])(**{name: _joined([state[name] for state in states]) for name in states[0]})
+
+
+def _joined(values: Sequence[Any]) -> Any:
+    """Tensors concatenated, wherever they lie in equal tuples, lists and dicts."""
+    first = values[0]
+    if isinstance(first, torch.Tensor):
+        return torch.cat(list(values))
+    if isinstance(first, Mapping):
+        return {name: _joined([value[name] for value in values]) for name in first}
+    if isinstance(first, (tuple, list)):
+        parts = [_joined(part) for part in zip(*values, strict=True)]
+        return type(first)(*parts) if hasattr(first, "_fields") else type(first)(parts)
+    return first
 
 
 @dataclass

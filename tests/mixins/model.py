@@ -297,6 +297,19 @@ class ModelTesterMixin:
             ]
         self.assert_same(together, {k: torch.cat([alone[0][k], alone[1][k]]) for k in together}, 1e-4)
 
+    def test_pictures_of_a_batch_are_encoded_alone_on_a_cpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """And together elsewhere: no prediction differs."""
+        model, counts = self.model(), []
+        encode = model._encode_image
+        monkeypatch.setattr(
+            model, "_encode_image", lambda pixels, **inputs: counts.append(len(pixels)) or encode(pixels, **inputs)
+        )
+        alone = self.run(model, batch=3)
+        monkeypatch.setattr(type(model), "encodes_alone", False)
+        together = self.run(model, batch=3)
+        assert counts == [1, 1, 1, 3]
+        self.assert_same(alone, together, 1e-4)
+
     def test_encoded_pictures_answer_any_vocabulary(self) -> None:
         model = self.model()
         batch = self.pictures(2)

@@ -231,11 +231,12 @@ class TestOVSeg(ModelTesterMixin, FromCLIPTesterMixin, PipelineTesterMixin):
         assert result.segmentation.shape == self.picture_size
         assert result.confidence.isfinite().all()
 
-    def test_a_picture_without_proposals_among_others(self) -> None:
+    def test_a_picture_without_proposals_among_others(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """It neither changes its neighbours' crops nor is changed by them."""
         model = self.model()
         masks = torch.cat([self.logits(), self.logits(9.0, 9.0), self.logits()])
         self.propose(model, masks)
+        monkeypatch.setattr(type(model), "encodes_alone", False)
         batch = self.run(model, batch=3)
         inputs = self.pictures(3)
         for index in range(3):
@@ -272,8 +273,9 @@ class TestOVSeg(ModelTesterMixin, FromCLIPTesterMixin, PipelineTesterMixin):
             self.assert_same(self.run(model, crop_batch_size=size), whole, 1e-5)
         assert sizes == [5, 1, 1, 1, 1, 1, 2, 2, 1, 5]
 
-    def test_crops_of_a_batch_share_chunks(self) -> None:
+    def test_crops_of_a_batch_share_chunks(self, monkeypatch: pytest.MonkeyPatch) -> None:
         model = self.model()
+        monkeypatch.setattr(type(model), "encodes_alone", False)
         self.propose(model, self.logits(9.0, 9.0, 9.0).expand(2, -1, -1, -1))
         sizes = []
         model.clip.vision_model.encoder.layers[0].register_forward_hook(lambda m, x, y: sizes.append(len(y)))

@@ -35,9 +35,12 @@ def in_pieces(
 def items_at_once(tensor: torch.Tensor, elements_per_item: int) -> int | None:
     """Items of a piece, see `in_pieces`; None where layers do not run in pieces: on other devices than the CPU of
     `tensor`, with gradients, in a compiler."""
-    if torch.compiler.is_compiling() or tensor.device.type != "cpu" or torch.is_grad_enabled():
-        return None
-    return max(1, ELEMENTS_PER_PIECE // elements_per_item)
+    return max(1, ELEMENTS_PER_PIECE // elements_per_item) if runs_in_pieces(tensor) else None
+
+
+def runs_in_pieces(tensor: torch.Tensor) -> bool:
+    """Whether it pays to treat a large `tensor` in pieces: on a CPU, without gradients, not in a compiler."""
+    return not torch.compiler.is_compiling() and tensor.device.type == "cpu" and not torch.is_grad_enabled()
 
 
 def joined(parts: Iterable[torch.Tensor], length: int) -> torch.Tensor:

@@ -7,13 +7,13 @@ The model sees every view as a picture of its own (row b * V + v); post-processi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional as F
 
-from ..modeling_outputs import ImageState
+from ..modeling_outputs import ImageState, join_states
 
 
 class Windows(NamedTuple):
@@ -106,18 +106,6 @@ def encode_each(encode: Callable[..., ImageState], views: Iterable[torch.Tensor]
         views: `[1, 3, h, w]` each, without padding.
         options: its keywords, `reshaped_input_sizes` excepted.
     """
-    states = [encode(view, reshaped_input_sizes=torch.tensor([view.shape[-2:]]), **options) for view in views]
-    return type(states[0])(**{name: _joined([state[name] for state in states]) for name in states[0]})
-
-
-def _joined(values: Sequence[Any]) -> Any:
-    """Tensors concatenated, wherever they lie in equal tuples, lists and dicts."""
-    first = values[0]
-    if isinstance(first, torch.Tensor):
-        return torch.cat(list(values))
-    if isinstance(first, Mapping):
-        return {name: _joined([value[name] for value in values]) for name in first}
-    if isinstance(first, (tuple, list)):
-        parts = [_joined(part) for part in zip(*values, strict=True)]
-        return type(first)(*parts) if hasattr(first, "_fields") else type(first)(parts)
-    return first
+    return join_states(
+        [encode(view, reshaped_input_sizes=torch.tensor([view.shape[-2:]]), **options) for view in views]
+    )

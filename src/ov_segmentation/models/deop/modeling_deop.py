@@ -167,6 +167,11 @@ class DeOPForOpenVocabularySegmentation(
 
     # ------------------------------------------------------------------ picture side
 
+    @property
+    def encodes_alone(self) -> bool:
+        """False with SAM: pictures have different numbers of masks."""
+        return self.sam is None
+
     def _encode_image(
         self,
         pixel_values: torch.Tensor,
