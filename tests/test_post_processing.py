@@ -380,7 +380,38 @@ def test_interpolation_of_rectangles(source, target):
             assert (found - expected[slice(*rows), slice(*columns)]).abs().max() < 2e-6
 
 
+@pytest.mark.parametrize(
+    "steps",
+    [
+        [((7, 9), (64, 60))],
+        [((50, 40), (20, 33))],
+        [((30, 40), (30, 40))],
+        [((1, 7), (9, 7))],
+        [((10, 13), (40, 52)), ((35, 50), (61, 77))],
+    ],
+)
+def test_extremes_of_rectangles(steps):
+    torch.manual_seed(0)
+    (height, width), bilinear = steps[-1][1], Bilinear(*steps)
+    rows = [(top, min(top + 9, height)) for top in range(0, height, 9)]
+    columns = [(left, min(left + 5, width)) for left in range(0, width, 5)]
+    maps = torch.randn(*steps[0][0], 4)
+    low, high = bilinear.extremes(maps, rows, columns)
+    wider = 0.0
+    for i, j in itertools.product(range(len(rows)), range(len(columns))):
+        (r0, r1), (c0, c1) = bilinear.window(rows[i], columns[j])
+        found = bilinear(maps[r0:r1, c0:c1], rows[i], columns[j]).flatten(0, 1)
+        assert (low[i, j] <= found.amin(0) + 1e-5).all()
+        assert (high[i, j] >= found.amax(0) - 1e-5).all()
+        source = maps[r0:r1, c0:c1].flatten(0, 1)  # never beyond what the rectangle is made of
+        assert (low[i, j] >= source.amin(0) - 1e-5).all()
+        assert (high[i, j] <= source.amax(0) + 1e-5).all()
+        wider += float((source.amax(0) - high[i, j]).sum())
+    assert wider > 1 or bilinear.columns.identity
+
+
 def test_interpolations_in_turn_are_one():
+    torch.manual_seed(0)
     maps, steps = torch.randn(10, 13, 3), (((10, 13), (40, 52)), ((35, 50), (61, 77)))
     once = resize(maps.permute(2, 0, 1), steps[0][1])[:, :35, :50]
     expected = resize(once, steps[1][1]).permute(1, 2, 0)
@@ -388,7 +419,7 @@ def test_interpolations_in_turn_are_one():
     for rows, columns in (((0, 61), (0, 77)), ((3, 20), (40, 77)), ((60, 61), (0, 1))):
         (r0, r1), (c0, c1) = bilinear.window(rows, columns)
         found = bilinear(maps[r0:r1, c0:c1], rows, columns)
-        assert (found - expected[slice(*rows), slice(*columns)]).abs().max() < 2e-6
+        assert (found - expected[slice(*rows), slice(*columns)]).abs().max() < 4e-6
 
 
 def brute_force_undominated(weights):
@@ -450,15 +481,20 @@ def test_classes_that_are_beaten_win_nowhere(seed):
     weights[:, 7] = weights[:, 30] = 0  # never anywhere
     weights[:, 11] = weights[:, 40]  # the same everywhere
     field = MaskField(masks, weights, weights.sum(1), [((96, 96), (96, 96))], torch.sigmoid)
-    every, told = torch.arange(60), 0
-    for top, left in itertools.product(range(0, 96, 32), repeat=2):
-        window = field.window((top, top + 32), (left, left + 32))
-        beaten, scores = window.beaten(every), window.scores(every, False)
+    every, told, spans = torch.arange(60), 0, [(start, start + 32) for start in range(0, 96, 32)]
+    bounds = field.bounds(spans, spans)
+    pairs = torch.cartesian_prod(torch.arange(9), every).T
+    beaten_in = bounds.beaten(*pairs).view(9, 60)
+    for beaten, low, high, tile in zip(
+        beaten_in, bounds.low.flatten(0, 1), bounds.high.flatten(0, 1), itertools.product(spans, repeat=2), strict=True
+    ):
+        scores = field.scores(*tile, every)
         best = scores.amax(-1)
+        assert ((scores >= low - 1e-6) & (scores <= high + 1e-6)).all()
         assert (scores[..., beaten] < best[..., None]).all()
         assert not beaten[scores.flatten(0, 1).argmax(1).unique()].any()
         # more than bounds alone tell
-        told += int((beaten & (window.high >= window.low.max())).sum())
+        told += int((beaten & (high >= low.max())).sum())
     assert told > 9 * 10
 
 

@@ -48,8 +48,7 @@ def region_scores(
                 part = region[slice(*rows)]
                 inside = part >= 0
                 if inside.any():
-                    window = field.window(*resize.window(rows, columns))
-                    scores = resize(window.scores(every_class, False), rows, columns)
+                    scores = resize(field.scores(*resize.window(rows, columns), every_class), rows, columns)
                     sums.index_add_(0, part[inside], scores[inside].double())
             pixels = torch.bincount(region[region >= 0], minlength=len(sums))
             means.append((sums / pixels.clamp(min=1)[:, None]).float())

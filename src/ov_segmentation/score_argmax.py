@@ -7,13 +7,13 @@ exact: bounds come from the maps themselves, and interpolation never leaves the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
 from dataclasses import dataclass
 
 import torch
 
 from .resampling import Bilinear, Span
-from .score_fields import SLACK, Field
+from .score_fields import SLACK, Bounds, Field
 
 # so many are evaluated before it is asked which of them are beaten
 _FEW = 4
@@ -60,20 +60,20 @@ def draw_label_map(field: Field, size: tuple[int, int], with_total: bool, with_s
         total=torch.zeros(size, device=device) if with_total else None,
         scores=torch.zeros(field.num_classes, *size, device=device) if with_scores else None,
     )
-    for rows, columns in _tiles(size, field.num_classes, device):
+    grid = _grid(size, field.num_classes, device)
+    tiles = list(itertools.product(*grid))
+    if with_scores:
+        candidates, least = [every_class] * len(tiles), [0.0] * len(tiles)
+    else:
+        candidates, least = _candidates(field.bounds(*resize.windows(*grid)))
+    for (rows, columns), classes, lowest in zip(tiles, candidates, least, strict=True):
         tile = (slice(*rows), slice(*columns))
-        window = field.window(*resize.window(rows, columns))
-        # scores of 0 never win: index 0 and score 0 are what a pixel without any score gets
-        promising = (window.high * (1 + SLACK) >= window.low.max()) & (window.high > 0)
-        classes = every_class if with_scores else every_class[promising]
-        if window.beaten is not None and len(classes) > _FEW and not with_scores:
-            classes = classes[~window.beaten(classes)]
         if not (len(classes) or with_total):
             continue
-        if len(classes) == 1 and not (with_total or with_scores) and window.low[classes] > 0:
-            result.index[tile], result.best[tile] = classes, window.low[classes]
+        if len(classes) == 1 and not (with_total or with_scores) and lowest > 0:
+            result.index[tile], result.best[tile] = classes, lowest
             continue
-        scores = resize(window.scores(classes, with_total), rows, columns)
+        scores = resize(field.scores(*resize.window(rows, columns), classes, with_total), rows, columns)
         if with_total:
             scores, result.total[tile] = scores[..., :-1], scores[..., -1]
             if not len(classes):
@@ -86,15 +86,27 @@ def draw_label_map(field: Field, size: tuple[int, int], with_total: bool, with_s
     return result
 
 
-def _tiles(size: tuple[int, int], num_classes: int, device: torch.device) -> Iterator[tuple[Span, Span]]:
+def _candidates(bounds: Bounds) -> tuple[list[torch.Tensor], list[float]]:
+    """Classes that can win in each tile, and the highest of their least scores."""
+    low, high = bounds.low.flatten(0, 1), bounds.high.flatten(0, 1)
+    # scores of 0 never win: index 0 and score 0 are what a pixel without any score gets
+    promising = (high * (1 + SLACK) >= low.amax(-1, keepdim=True)) & (high > 0)
+    if bounds.beaten is not None:
+        pairs = (promising & (promising.sum(-1, keepdim=True) > _FEW)).nonzero(as_tuple=True)
+        promising[pairs] = ~bounds.beaten(*pairs)
+    classes = promising.nonzero()[:, 1].split(promising.sum(-1).tolist())
+    return list(classes), low.where(promising, 0).amax(-1).tolist()
+
+
+def _grid(size: tuple[int, int], num_classes: int, device: torch.device) -> tuple[list[Span], list[Span]]:
+    """Rows and columns of the tiles."""
     height, width = size
     if device.type == "cpu":
         tile_height, tile_width = (max(_MIN_TILE, -(-side // _TILES_PER_SIDE)) for side in size)
     else:  # launching small kernels costs more than scores that cannot win
         tile_height, tile_width = max(1, _ACCELERATOR_BYTES // (4 * width * max(num_classes, 256))), width
-    for top in range(0, height, tile_height):
-        for left in range(0, width, tile_width):
-            yield (top, min(top + tile_height, height)), (left, min(left + tile_width, width))
+    rows = [(top, min(top + tile_height, height)) for top in range(0, height, tile_height)]
+    return rows, [(left, min(left + tile_width, width)) for left in range(0, width, tile_width)]
 
 
 def undominated_classes(weights: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """Class scores as functions of position, evaluated only where and for the classes that are needed.
 
-A field has `num_classes`, a `size` (height, width), a `device` and `window(rows, columns)`, which looks at one
-rectangle of it. Fields of both families, and of several sliding views, look alike to `score_argmax.draw_label_map`.
+A field says between what bounds its scores are in the rectangles of a grid, and what they are in one of them. Fields of
+both families, and of several sliding views, look alike to `score_argmax.draw_label_map`.
 """
 
 from __future__ import annotations
@@ -18,52 +18,53 @@ Activation = Callable[[torch.Tensor], torch.Tensor]
 
 # More than rounding can shift a score: bounds and scores are sums of the same terms in another order.
 SLACK = 1e-4
+# of a rectangle and a class: so many keep what they need of all queries in the caches
+_PAIRS_AT_ONCE = 2048
 
 
-class Window(NamedTuple):
-    """One rectangle of a field of K non-negative scores.
+class Bounds(NamedTuple):
+    """What is known about K non-negative scores in each rectangle of a grid, without looking at every position.
 
-    low, high: `[K]`: no score in the rectangle is below or above them.
-    scores: function of class indices `[n]` that gives their scores `[rows, columns, n]`; with a second argument of True
-        `[rows, columns, n + 1]`, the sum over all classes, pruned ones included, behind them.
-    beaten: function of class indices `[n]` that says of which there is a higher score everywhere, `[n]`, as far as
-        that can be told without looking at every position; None: no more can be told than bounds say.
+    low, high: `[R, C, K]`: no score in the rectangle is below or above them.
+    beaten: function of rectangles `[P]`, counted row by row, and classes `[P]` that says for which of these pairs there
+        is a higher score at every position of the rectangle, `[P]`, as far as that can be told; None: no more can be
+        told than bounds say.
     """
 
     low: torch.Tensor
     high: torch.Tensor
-    scores: Callable[[torch.Tensor, bool], torch.Tensor]
-    beaten: Callable[[torch.Tensor], torch.Tensor] | None = None
+    beaten: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
 
 
 class Field(Protocol):
-    """What can be asked for its scores."""
+    """What can be asked for its scores. Spans are (start, stop) in pixels of the field."""
 
     size: tuple[int, int]
     num_classes: int
     device: torch.device
 
-    def window(self, rows: Span, columns: Span) -> Window:
-        """Look at one rectangle; spans are (start, stop) in pixels of the field."""
+    def bounds(self, rows: Sequence[Span], columns: Sequence[Span]) -> Bounds:
+        """Of each rectangle of a grid: R spans of rows and C spans of columns."""
+        ...
+
+    def scores(self, rows: Span, columns: Span, classes: torch.Tensor, with_total: bool = False) -> torch.Tensor:
+        """`[rows, columns, n]` of the classes with the indices `classes` `[n]`; with `with_total`
+        `[rows, columns, n + 1]`, the sum over all classes, pruned ones included, behind them."""
         ...
 
 
-def _part(maps: torch.Tensor, place: tuple[slice, slice]) -> torch.Tensor:
+def _part(maps: torch.Tensor, place: tuple[Span, Span]) -> torch.Tensor:
     """A rectangle of `[h, w, C]`, channels last in memory too, as `maps` need not be."""
-    part = maps[place]
+    (top, bottom), (left, right) = place
+    part = maps[top:bottom, left:right]
     return part if part.stride(-1) == 1 else part.contiguous()
 
 
-def _bounds(maps: torch.Tensor, activation: Activation | None) -> torch.Tensor:
-    """`[2, C]`: what each channel of `maps` `[h, w, C]`, interpolated and activated, is never below and never above."""
-    # rows first: several times faster than both axes at once
-    bounds = torch.stack([maps.amin(0).amin(0), maps.amax(0).amax(0)])
+def _beyond(extremes: Sequence[torch.Tensor], activation: Activation | None) -> list[torch.Tensor]:
+    """Least and greatest values, a little beyond them because interpolation rounds and activations may have steps."""
     if activation is None:
-        return bounds
-    # interpolation rounds, and activations may have steps
-    margin = 1e-5 * bounds.abs().clamp(min=1)
-    margin[0] *= -1
-    return activation(bounds + margin)
+        return list(extremes)
+    return [activation(x + sign * 1e-5 * x.abs().clamp(min=1)) for x, sign in zip(extremes, (-1, 1), strict=True)]
 
 
 class MaskField:
@@ -95,38 +96,51 @@ class MaskField:
         self.highest, strongest = weights.max(1)
         self.of_strongest = weights[:, strongest]
 
-    def window(self, rows: Span, columns: Span) -> Window:
-        """Look at one rectangle."""
-        (top, bottom), (left, right) = self.resize.window(rows, columns)
-        # interpolating along rows changes nothing about the bounds, and is left for those who ask for scores
-        maps = self.resize.along_columns(_part(self.logits, (slice(top, bottom), slice(left, right))), columns)
-        bounds = _bounds(maps, self.activation)
-        low, high = bounds @ self.weights
+    def bounds(self, rows: Sequence[Span], columns: Sequence[Span]) -> Bounds:
+        """See `Field`."""
+        masks = _beyond(self.resize.extremes(self.logits, rows, columns), self.activation)
+        low, high = (extreme @ self.weights for extreme in masks)
+        flat = [extreme.flatten(0, 1) for extreme in (*masks, low, high)]
+        return Bounds(low, high, lambda rectangles, classes: self._beaten(*flat, rectangles, classes))
 
-        def scores(classes: torch.Tensor, with_total: bool) -> torch.Tensor:
-            weights = self.weights[:, classes]
-            if with_total:
-                weights = torch.cat([weights, self.total_weights[:, None]], dim=1)
-            return tall_product(self.activation(self.resize.along_rows(maps, rows)), weights)
-
-        return Window(low, high, scores, lambda classes: self._beaten(*bounds, classes))
-
-    def _beaten(self, low: torch.Tensor, high: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+    def _beaten(
+        self,
+        least: torch.Tensor,
+        most: torch.Tensor,
+        low: torch.Tensor,
+        high: torch.Tensor,
+        rectangles: torch.Tensor,
+        classes: torch.Tensor,
+    ) -> torch.Tensor:
         """Which classes score less than a mean of others, and so than one of them, for any masks within the bounds.
 
         The mean is over each query's strongest class, as much of each as its mask can be there: one class alone, which
         some query at a border always lacks, beats few.
 
         Args:
-            low, high: `[N]`, of the masks.
-            classes: `[n]`.
+            least, most: `[R * C, N]`, bounds of the masks.
+            low, high: `[R * C, K]`, of the scores.
+            rectangles, classes: `[P]`, the pairs that are asked for.
         """
-        share = high * self.highest
-        mean = self.of_strongest @ (share / share.sum())
-        weights = self.by_class[classes]
-        # of low * (mean - weight) where the weight is the smaller, of high * (mean - weight) where it is the larger
-        least_gap = low @ mean - weights @ low - (weights - mean).clamp_(min=0) @ (high - low)
-        return least_gap > SLACK * (weights @ high)
+        share = most * self.highest
+        mean = (share / share.sum(-1, keepdim=True)) @ self.of_strongest.t()
+        mean_low, span = (least * mean).sum(-1), most - least
+        # the least of mask * (mean - weight): at the mask's lower bound where the weight is the smaller, at the upper
+        # one where it is the larger
+        excess = [
+            (self.by_class[some] - mean[where]).clamp_(min=0).mul_(span[where]).sum(-1)
+            for where, some in zip(rectangles.split(_PAIRS_AT_ONCE), classes.split(_PAIRS_AT_ONCE), strict=True)
+        ]
+        pairs = (rectangles, classes)
+        return mean_low[rectangles] - low[pairs] - torch.cat(excess) > SLACK * high[pairs]
+
+    def scores(self, rows: Span, columns: Span, classes: torch.Tensor, with_total: bool = False) -> torch.Tensor:
+        """See `Field`."""
+        weights = self.weights[:, classes]
+        if with_total:
+            weights = torch.cat([weights, self.total_weights[:, None]], dim=1)
+        masks = self.resize(_part(self.logits, self.resize.window(rows, columns)), rows, columns)
+        return tall_product(self.activation(masks), weights)
 
 
 class ClassField:
@@ -152,28 +166,28 @@ class ClassField:
         self.resize = Bilinear(((maps.shape[0], maps.shape[1]), size))
         self.summed = None
 
-    def window(self, rows: Span, columns: Span) -> Window:
-        """Look at one rectangle."""
-        (top, bottom), (left, right) = self.resize.window(rows, columns)
-        source = (slice(top, bottom), slice(left, right))
-        seen = _part(self.maps, source)
-        low, high = self._keep(_bounds(seen, self.activation), slice(None))
+    def bounds(self, rows: Sequence[Span], columns: Sequence[Span]) -> Bounds:
+        """See `Field`."""
+        extremes = _beyond(self.resize.extremes(self.maps, rows, columns), self.activation)
+        return Bounds(*(self._keep(one, slice(None)) for one in extremes))
 
-        def some(classes: torch.Tensor) -> torch.Tensor:
-            maps = self.resize(seen[..., classes], rows, columns)
-            return self._keep(maps if self.activation is None else self.activation(maps), classes)
-
-        def total() -> torch.Tensor:
-            if self.activation is not None:
-                return some(torch.arange(self.num_classes, device=self.device)).sum(-1, keepdim=True)
-            if self.summed is None:  # interpolation is linear: the sum of the maps is enough
+    def scores(self, rows: Span, columns: Span, classes: torch.Tensor, with_total: bool = False) -> torch.Tensor:
+        """See `Field`."""
+        seen = _part(self.maps, self.resize.window(rows, columns))
+        if not with_total:
+            return self._some(seen, rows, columns, classes)
+        if self.activation is not None:
+            total = self._some(seen, rows, columns, torch.arange(self.num_classes, device=self.device))
+            total = total.sum(-1, keepdim=True)
+        else:  # interpolation is linear: the sum of the maps is enough
+            if self.summed is None:
                 self.summed = self._keep(self.maps, slice(None)).sum(-1, keepdim=True)
-            return self.resize(self.summed[source], rows, columns)
+            total = self.resize(_part(self.summed, self.resize.window(rows, columns)), rows, columns)
+        return torch.cat([self._some(seen, rows, columns, classes), total], dim=-1)
 
-        def scores(classes: torch.Tensor, with_total: bool) -> torch.Tensor:
-            return torch.cat([some(classes), total()], dim=-1) if with_total else some(classes)
-
-        return Window(low, high, scores)
+    def _some(self, seen: torch.Tensor, rows: Span, columns: Span, classes: torch.Tensor) -> torch.Tensor:
+        maps = self.resize(seen[..., classes], rows, columns)
+        return self._keep(maps if self.activation is None else self.activation(maps), classes)
 
     def _keep(self, scores: torch.Tensor, classes: torch.Tensor | slice) -> torch.Tensor:
         return scores if self.kept is None else scores * self.kept[classes]
@@ -187,15 +201,14 @@ class ResizedField:
         self.num_classes, self.device = field.num_classes, field.device
         self.resize = Bilinear((field.size, size))
 
-    def window(self, rows: Span, columns: Span) -> Window:
-        """Look at one rectangle."""
-        source = self.field.window(*self.resize.window(rows, columns))
-        return Window(
-            source.low,
-            source.high,
-            lambda classes, with_total: self.resize(source.scores(classes, with_total), rows, columns),
-            source.beaten,
-        )
+    def bounds(self, rows: Sequence[Span], columns: Sequence[Span]) -> Bounds:
+        """See `Field`."""
+        return self.field.bounds(*self.resize.windows(rows, columns))
+
+    def scores(self, rows: Span, columns: Span, classes: torch.Tensor, with_total: bool = False) -> torch.Tensor:
+        """See `Field`."""
+        source = self.field.scores(*self.resize.window(rows, columns), classes, with_total)
+        return self.resize(source, rows, columns)
 
 
 class StitchedField:
@@ -226,29 +239,41 @@ class StitchedField:
         if views and not self.count.all():
             raise ValueError(f"The sliding windows leave {int((self.count == 0).sum())} canvas pixels uncovered.")
 
-    def window(self, rows: Span, columns: Span) -> Window:
-        """Look at one rectangle."""
+    def bounds(self, rows: Sequence[Span], columns: Sequence[Span]) -> Bounds:
+        """See `Field`."""
+        whole = None if self.whole is None else self.whole.bounds(rows, columns)
         if not self.views:
-            return self.whole.window(rows, columns)
-        parts = []
+            return whole
+        shape = (len(rows), len(columns), self.num_classes)
+        low, high = (torch.full(shape, value, device=self.device) for value in (torch.inf, 0.0))
+        for (x0, y0, x1, y1), field in self.views:
+            (down, view_rows), (across, view_columns) = _inside(rows, y0, y1), _inside(columns, x0, x1)
+            if view_rows and view_columns:
+                # an average lies between the extremes of its parts
+                seen = field.bounds(view_rows, view_columns)
+                torch.minimum(low[down, across], seen.low, out=low[down, across])
+                torch.maximum(high[down, across], seen.high, out=high[down, across])
+        return Bounds(low, high) if whole is None else Bounds((low + whole.low) / 2, (high + whole.high) / 2)
+
+    def scores(self, rows: Span, columns: Span, classes: torch.Tensor, with_total: bool = False) -> torch.Tensor:
+        """See `Field`."""
+        whole = None if self.whole is None else self.whole.scores(rows, columns, classes, with_total)
+        if not self.views:
+            return whole
+        count = self.count[slice(*rows), slice(*columns)]
+        canvas = torch.zeros(*count.shape, len(classes) + with_total, device=self.device)
         for (x0, y0, x1, y1), field in self.views:
             top, bottom, left, right = max(rows[0], y0), min(rows[1], y1), max(columns[0], x0), min(columns[1], x1)
             if top < bottom and left < right:
                 place = (slice(top - rows[0], bottom - rows[0]), slice(left - columns[0], right - columns[0]))
-                parts.append((place, field.window((top - y0, bottom - y0), (left - x0, right - x0))))
-        # an average lies between the extremes of its parts
-        low = torch.stack([part.low for _, part in parts]).amin(0)
-        high = torch.stack([part.high for _, part in parts]).amax(0)
-        count = self.count[slice(*rows), slice(*columns)]
-        whole = None if self.whole is None else self.whole.window(rows, columns)
+                part = ((top - y0, bottom - y0), (left - x0, right - x0))
+                canvas[place] += field.scores(*part, classes, with_total)
+        canvas /= count[..., None]
+        return canvas if whole is None else (canvas + whole) / 2
 
-        def scores(classes: torch.Tensor, with_total: bool) -> torch.Tensor:
-            canvas = torch.zeros(*count.shape, len(classes) + with_total, device=self.device)
-            for place, part in parts:
-                canvas[place] += part.scores(classes, with_total)
-            canvas /= count[..., None]
-            return canvas if whole is None else (canvas + whole.scores(classes, with_total)) / 2
 
-        if whole is not None:
-            low, high = (low + whole.low) / 2, (high + whole.high) / 2
-        return Window(low, high, scores)
+def _inside(spans: Sequence[Span], start: int, stop: int) -> tuple[slice, list[Span]]:
+    """Which of ascending spans overlap with one, and their parts in it, counted from its start."""
+    which = [i for i, span in enumerate(spans) if max(span[0], start) < min(span[1], stop)]
+    parts = [(max(spans[i][0], start) - start, min(spans[i][1], stop) - start) for i in which]
+    return slice(which[0], which[-1] + 1) if which else slice(0), parts
