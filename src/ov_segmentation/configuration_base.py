@@ -2,7 +2,7 @@
 
 import inspect
 from dataclasses import fields
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
@@ -19,6 +19,17 @@ class OpenVocabularySegmentationConfig(PreTrainedConfig):
             a checkpoint is loaded. None: not stated.
         sliding_window: whether the picture is cut into overlapping views by default.
     """
+
+    # what transformers' Trainer does not gather: no tensors, or without a row for each picture
+    keys_to_ignore_at_inference: ClassVar[list[str]] = [
+        "loss_dict",
+        "mask_threshold",
+        "score_function",
+        "text_embeds",
+        "view_boxes",
+        "canvas_size",
+        "maps",
+    ]
 
     clip_stem: dict[str, Any] | None = None
     weights_license: str | None = None

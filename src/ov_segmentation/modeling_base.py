@@ -15,20 +15,18 @@ from .download_errors import loading_explained
 from .from_clip import FromCLIPMixin
 from .layers.clip_stem import CLIPStem, init_clip_stem_weights
 from .layers.freed_memory import keep_freed_memory
-from .layers.pieces import runs_in_pieces
 from .layers.products import replace_linear
 from .losses import SeededDraws
-from .modeling_outputs import ImageState, OpenVocabularySegmentationOutput, join_states
+from .modeling_outputs import ImageState, OpenVocabularySegmentationOutput
+from .picture_side import FROM_CONFIG, PictureSideMixin
 from .pushing import PushToHub
 from .text_encoding import TextEmbeddingCache
 from .text_side import TextSideMixin
 
 logger = logging.get_logger(__name__)
 
-FROM_CONFIG = "config"
 
-
-class OpenVocabularySegmentationModel(PushToHub, FromCLIPMixin, TextSideMixin, PreTrainedModel):
+class OpenVocabularySegmentationModel(PushToHub, FromCLIPMixin, TextSideMixin, PictureSideMixin, PreTrainedModel):
     """Base of the six `<X>ForOpenVocabularySegmentation`.
 
     A method implements `_encode_image` (what does not depend on the class names), `_segment` (the rest, and the loss)
@@ -49,11 +47,14 @@ class OpenVocabularySegmentationModel(PushToHub, FromCLIPMixin, TextSideMixin, P
     _supports_sdpa = True
     _supports_attention_backend = True
     model_tags = ["open-vocabulary-segmentation"]
+    # the mean of a batch is taken here: Trainer need not count its items
+    accepts_loss_kwargs = False
     # a logarithm: bfloat16 would change the scale by a percent
     _keep_in_fp32_modules_strict = ["logit_scale"]
 
     switches: ClassVar[frozenset[str]] = frozenset()
-    picture_switches: ClassVar[frozenset[str]] = frozenset()
+    inference_switches: ClassVar[dict[str, Any]] = {"sliding_window": False, "rejection_top_k": None}
+    """Switches that a loss does not go with -> their value there, where the call leaves them to the configuration."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -81,16 +82,6 @@ class OpenVocabularySegmentationModel(PushToHub, FromCLIPMixin, TextSideMixin, P
 
     # ------------------------------------------------------------------ the parts that a method fills in
 
-    def _encode_image(self, pixel_values: torch.Tensor, *, for_training: bool, **inputs: Any) -> ImageState:
-        """The picture side.
-
-        Args:
-            for_training: asks for what only the loss needs (auxiliary outputs).
-            inputs: `pixel_mask`, `reshaped_input_sizes`, `output_hidden_states`, `output_attentions`, `output_maps` and
-                the resolved picture switches.
-        """
-        raise NotImplementedError
-
     def _segment(
         self, state: ImageState, text_embeds: torch.Tensor, labels: torch.Tensor | None, **options: Any
     ) -> OpenVocabularySegmentationOutput:
@@ -106,11 +97,6 @@ class OpenVocabularySegmentationModel(PushToHub, FromCLIPMixin, TextSideMixin, P
     """Parts that can be trained alone, as regular expressions of parameter names: "adapter" (what the method adds to
     CLIP), "prompts" (learned tokens), "attention" (weights of query and value projections), and, of module names,
     "lora" (linear layers that low-rank updates are for). A method has an entry for those that it has."""
-
-    @property
-    def encodes_alone(self) -> bool:
-        """Whether pictures may be encoded one after the other: their states are of equal shapes then too."""
-        return True
 
     @property
     def unread_parameters(self) -> tuple[str, ...]:
@@ -141,84 +127,6 @@ class OpenVocabularySegmentationModel(PushToHub, FromCLIPMixin, TextSideMixin, P
             )
         return given
 
-    def encode_image(
-        self,
-        pixel_values: torch.Tensor,
-        pixel_mask: torch.Tensor | None = None,
-        original_sizes: torch.Tensor | None = None,
-        reshaped_input_sizes: torch.Tensor | None = None,
-        padded_sizes: torch.Tensor | None = None,
-        output_hidden_states: bool = False,
-        output_attentions: bool = False,
-        output_maps: bool = False,
-        **switches: Any,
-    ) -> ImageState:
-        """Everything that does not depend on the class names; pass the result as `image_state=` as often as you like.
-
-        Args:
-            pixel_values: `[B, 3, H, W]` from the image processor, with the keys that come beside it.
-            output_hidden_states, output_attentions, output_maps: keep what `forward` may be asked for later.
-            switches: those of `forward` that shape the picture side (`picture_switches`).
-        """
-        records = {
-            "output_hidden_states": output_hidden_states,
-            "output_attentions": output_attentions,
-            "output_maps": output_maps,
-        }
-        return self._encode_checked(
-            pixel_values, pixel_mask, original_sizes, reshaped_input_sizes, padded_sizes, False, records, switches
-        )
-
-    def _encode_checked(
-        self,
-        pixel_values: torch.Tensor,
-        pixel_mask: torch.Tensor | None,
-        original_sizes: torch.Tensor | None,
-        reshaped_input_sizes: torch.Tensor | None,
-        padded_sizes: torch.Tensor | None,
-        for_training: bool,
-        records: dict[str, bool],
-        switches: dict[str, Any],
-    ) -> ImageState:
-        if pixel_values.ndim != 4 or pixel_values.shape[1] != 3:
-            raise ValueError(f"pixel_values must be [B, 3, H, W], got {list(pixel_values.shape)}.")
-        if records["output_attentions"] and self.config._attn_implementation != "eager":
-            raise ValueError(
-                f"output_attentions needs the attention written out, but this model runs "
-                f"{self.config._attn_implementation!r}: call model.set_attn_implementation('eager')."
-            )
-        whole = torch.tensor(pixel_values.shape[-2:]).expand(pixel_values.shape[0], 2)
-        padded_sizes = whole if padded_sizes is None else padded_sizes
-        reshaped_input_sizes = padded_sizes if reshaped_input_sizes is None else reshaped_input_sizes
-        original_sizes = reshaped_input_sizes if original_sizes is None else original_sizes
-        state = self._encode_pictures(
-            pixel_values.to(device=self.device, dtype=self.dtype),
-            for_training=for_training,
-            pixel_mask=pixel_mask,
-            reshaped_input_sizes=reshaped_input_sizes,
-            **records,
-            **self._resolve_switches(switches, self.picture_switches),
-        )
-        state.original_sizes, state.reshaped_input_sizes = original_sizes, reshaped_input_sizes
-        state.padded_sizes = padded_sizes
-        return state
-
-    def _encode_pictures(self, pixel_values: torch.Tensor, **inputs: Any) -> ImageState:
-        """`_encode_image`, on a CPU without gradients one picture after the other: maps stay in the caches, and memory
-        does not grow with their number. Views of a sliding window go one after the other as it is."""
-        count = len(pixel_values)
-        rows = {name: value.split(1) for name, value in inputs.items() if isinstance(value, torch.Tensor)}
-        alone = self.encodes_alone and runs_in_pieces(pixel_values) and not inputs.get("sliding_window")
-        # rows of another number are given to the method, which says what is wrong with them
-        if not alone or count < 2 or any(len(parts) != count for parts in rows.values()):
-            return self._encode_image(pixel_values, **inputs)
-        return join_states(
-            [
-                self._encode_image(picture, **{**inputs, **{name: parts[i] for name, parts in rows.items()}})
-                for i, picture in enumerate(pixel_values.split(1))
-            ]
-        )
-
     @can_return_tuple
     def forward(
         self,
@@ -233,8 +141,8 @@ class OpenVocabularySegmentationModel(PushToHub, FromCLIPMixin, TextSideMixin, P
         image_state: ImageState | None = None,
         labels: torch.Tensor | None = None,
         sample_seeds: torch.Tensor | None = None,
-        output_hidden_states: bool = False,
-        output_attentions: bool = False,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         output_maps: bool = False,
         **switches: Any,
     ) -> OpenVocabularySegmentationOutput:
@@ -246,24 +154,23 @@ class OpenVocabularySegmentationModel(PushToHub, FromCLIPMixin, TextSideMixin, P
             input_ids, attention_mask: `[K, P, L]` or `[K, P, S, L]` from the processor, or
             text_embeds: from `encode_vocabulary`; exactly one of the two.
             labels: `[B, H, W]` int64 class indices, -100 ignored, at the size of `pixel_values`: adds `loss`. It is
-                taken on whole pictures, so the configuration's `sliding_window` is not used.
+                taken on whole pictures and all classes, so the configuration's `sliding_window` and `rejection_top_k`
+                are not used.
             sample_seeds: `[B]` int64: seeds of the random draws that the loss makes for each picture.
-            output_hidden_states, output_attentions, output_maps: fill the output's fields of that name.
+            output_hidden_states, output_attentions, output_maps: fill the output's fields of that name; None: as the
+                configuration says.
             switches: inference switches of the method; "config" (default) takes the config's value, None switches off.
         """
         if (pixel_values is None) == (image_state is None):
             raise ValueError("Give either pixel_values or image_state (from model.encode_image), not both or neither.")
         resolved = self._resolve_switches(switches, self.switches | self.picture_switches)
-        if labels is not None:
-            if switches.get("sliding_window", FROM_CONFIG) not in (FROM_CONFIG, None, False):
-                raise ValueError("A loss is taken on whole pictures: leave sliding_window out, or pass False.")
-            resolved["sliding_window"] = False
+        if labels is not None and switches.get("sliding_window", FROM_CONFIG) not in (FROM_CONFIG, None, False):
+            raise ValueError("A loss is taken on whole pictures: leave sliding_window out, or pass False.")
+        if labels is not None or self.training:
+            left = [name for name in resolved if isinstance(switches.get(name, FROM_CONFIG), str)]
+            resolved |= {name: value for name, value in self.inference_switches.items() if name in left}
         class_embeds = self._class_embeddings(input_ids, attention_mask, text_embeds)
-        records = {
-            "output_hidden_states": output_hidden_states,
-            "output_attentions": output_attentions,
-            "output_maps": output_maps,
-        }
+        records = self._records(output_hidden_states, output_attentions, output_maps)
         if image_state is None:
             self._check_labels(labels, pixel_values, class_embeds.shape[0])
             image_state = self._encode_checked(
@@ -278,6 +185,13 @@ class OpenVocabularySegmentationModel(PushToHub, FromCLIPMixin, TextSideMixin, P
             )
         elif labels is not None:
             raise ValueError("A loss needs pixel_values: an image_state holds no auxiliary outputs.")
+        else:
+            sizes = {
+                "original_sizes": original_sizes,
+                "reshaped_input_sizes": reshaped_input_sizes,
+                "padded_sizes": padded_sizes,
+            }
+            self._check_state(image_state, sizes, switches)
         outputs = self._segment(
             image_state,
             class_embeds,
@@ -291,12 +205,15 @@ class OpenVocabularySegmentationModel(PushToHub, FromCLIPMixin, TextSideMixin, P
         outputs.text_embeds = class_embeds
         for name in ("original_sizes", "reshaped_input_sizes", "padded_sizes", "view_boxes", "canvas_size"):
             setattr(outputs, name, getattr(image_state, name))
-        self._hand_on_records(records, image_state, outputs)
+        self._hand_on_records(records, image_state, outputs, pixel_values is None)
         return outputs
 
     @staticmethod
     def _hand_on_records(
-        records: dict[str, bool], state: ImageState, outputs: OpenVocabularySegmentationOutput
+        records: dict[str, bool],
+        state: ImageState,
+        outputs: OpenVocabularySegmentationOutput,
+        was_encoded: bool,
     ) -> None:
         for name in ("hidden_states", "attentions"):
             if records[f"output_{name}"] and getattr(outputs, name) is None:
@@ -305,9 +222,8 @@ class OpenVocabularySegmentationModel(PushToHub, FromCLIPMixin, TextSideMixin, P
             outputs.maps = {**(state.maps or {}), **(outputs.maps or {})} or None
         for option, wanted in records.items():
             if wanted and getattr(outputs, option.removeprefix("output_")) is None:
-                raise ValueError(
-                    f"{option}: there is none to hand on; encode_image({option}=True) keeps what a method has."
-                )
+                advice = f"; encode_image({option}=True) keeps what it has" if was_encoded else ""
+                raise ValueError(f"{option}: this method has nothing of this kind in the outputs asked for{advice}.")
 
     @staticmethod
     def draws(sample_seeds: torch.Tensor | None, batch_size: int) -> SeededDraws:

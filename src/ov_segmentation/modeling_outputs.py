@@ -23,6 +23,7 @@ class ImageState(ModelOutput):
         view_boxes: `[V, 4]` (x0, y0, x1, y1) in canvas pixels when a sliding window is used.
         canvas_size: (height, width) that `view_boxes` refers to.
         hidden_states, attentions, maps: of the picture side, on request; they are handed on to the output.
+        model_type, switches: of the model, and what shaped its picture side.
     """
 
     original_sizes: torch.Tensor | None = None
@@ -33,6 +34,8 @@ class ImageState(ModelOutput):
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
     maps: dict[str, torch.Tensor] | None = None
+    model_type: str | None = None
+    switches: dict[str, Any] | None = None
 
 
 def join_states(states: Sequence[ImageState]) -> ImageState:

@@ -10,13 +10,14 @@ import pytest
 import torch
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModel, CLIPConfig, CLIPModel
+from transformers import AutoConfig, AutoModel, CLIPConfig, CLIPModel, Trainer, TrainingArguments
 
 from ov_segmentation import AutoModelForOpenVocabularySegmentation
 from ov_segmentation.auto import load_class
 from ov_segmentation.layers.clip_stem import CLIPModelWithStem, CLIPStem
 from ov_segmentation.modeling_base import OpenVocabularySegmentationModel
 from ov_segmentation.modeling_outputs import OpenVocabularySegmentationOutput
+from ov_segmentation.picture_side import logger
 from tests.tiny import TOKENIZER, random_embeddings, tiny_clip_config
 
 PREDICTIONS = ("class_queries_logits", "class_queries_scores", "masks_queries_logits", "logits")
@@ -322,6 +323,48 @@ class ModelTesterMixin:
                 self.assert_same(self.predictions(asked), self.predictions(whole), 1e-6)
                 assert torch.equal(asked.padded_sizes, whole.padded_sizes)
 
+    def test_an_encoded_picture_keeps_what_it_was_encoded_with(self) -> None:
+        """Arguments that come too late are errors; those that say the same are not."""
+        model = self.model()
+        batch, text = self.pictures(), self.text(model)
+        with torch.no_grad():
+            state = model.encode_image(**batch)
+            sizes = {name: value for name, value in batch.items() if name.endswith("sizes")}
+            model(image_state=state, text_embeds=text, **sizes, sliding_window=False)
+            model(image_state=state, text_embeds=text, sliding_window="config")
+            with pytest.raises(ValueError, match="sliding_window shapes the picture side"):
+                model(image_state=state, text_embeds=text, sliding_window=True)
+            with pytest.raises(ValueError, match=r"original_sizes is the image_state's own"):
+                model(image_state=state, text_embeds=text, original_sizes=sizes["original_sizes"] + 1)
+            state.model_type = "clip"
+            with pytest.raises(ValueError, match="image_state is of a 'clip'"):
+                model(image_state=state, text_embeds=text)
+
+    def test_padding_that_is_seen_is_warned_of(self, caplog: pytest.LogCaptureFixture) -> None:
+        model, batch = self.model(), self.pictures(2, (96, 96))
+        batch["reshaped_input_sizes"] = torch.tensor([[96, 96], [64, 96]])
+        logger.warning_once.cache_clear()
+        with caplog.at_level("WARNING"), torch.no_grad():
+            model(**{name: value[:1] for name, value in batch.items()}, text_embeds=self.text(model))
+            assert "different sizes" not in caplog.text
+            model(**batch, text_embeds=self.text(model))
+        assert ("different sizes" in caplog.text) == model.sees_padding
+
+    def test_the_configuration_may_ask_for_records(self) -> None:
+        model = self.model()
+        model.config.output_hidden_states = True
+        with torch.no_grad():
+            try:
+                found = model(**self.pictures(), text_embeds=self.text(model))
+            except ValueError as error:
+                assert "output_hidden_states: this method has nothing" in str(error)  # noqa: PT017
+                return
+            told = model(**self.pictures(), text_embeds=self.text(model), output_hidden_states=True)
+            assert len(found.hidden_states) == len(told.hidden_states)
+            assert (
+                model(**self.pictures(), text_embeds=self.text(model), output_hidden_states=False).hidden_states is None
+            )
+
     def test_texts_and_their_embeddings_give_the_same(self) -> None:
         model = self.model()
         tokens = self.token_ids(["road", "a tree", "sky"])
@@ -439,6 +482,49 @@ class ModelTesterMixin:
         with torch.no_grad():
             first, again = model(**inputs).loss, model(**inputs).loss
         assert torch.equal(first, again)
+
+    def test_a_loss_is_taken_of_all_classes(self) -> None:
+        """A configuration that rejects classes early, as the fast ones do, can be trained."""
+        model = self.model().train()
+        if "rejection_top_k" not in model.switches:
+            return
+        expected = model(**self.training_inputs(model)).loss_dict
+        model.config.rejection_top_k = 1
+        found = model(**self.training_inputs(model)).loss_dict
+        assert {k: v.item() for k, v in found.items()} == {k: v.item() for k, v in expected.items()}
+
+    def test_labels_change_no_prediction(self) -> None:
+        model = self.model()
+        inputs = self.training_inputs(model)
+        with torch.no_grad():
+            found = self.predictions(model(**inputs))
+            del inputs["labels"]
+            self.assert_same(found, self.predictions(model(**inputs)), 1e-4)
+
+    def test_transformers_trainer(self, tmp_path: Path) -> None:
+        model, seen = self.model(), []
+        trainer = Trainer(
+            model,
+            TrainingArguments(
+                str(tmp_path),
+                max_steps=2,
+                per_device_train_batch_size=2,
+                per_device_eval_batch_size=2,
+                remove_unused_columns=False,
+                use_cpu=True,
+                report_to=[],
+                disable_tqdm=True,
+            ),
+            data_collator=lambda rows: self.training_inputs(model, len(rows)),
+            train_dataset=list(range(4)),
+            eval_dataset=list(range(4)),
+            compute_metrics=lambda found: seen.append(found) or {"pictures": len(found.label_ids)},
+        )
+        before = {name: value.clone() for name, value in model.named_parameters() if value.requires_grad}
+        assert trainer.train().training_loss > 0
+        assert any(not torch.equal(value, before[name]) for name, value in model.named_parameters() if name in before)
+        assert trainer.evaluate()["eval_pictures"] == 4
+        assert all(len(value) == 4 for value in seen[0].predictions)
 
     def test_a_picture_without_labels_has_a_loss(self) -> None:
         model = self.model().train()

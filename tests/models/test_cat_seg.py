@@ -61,6 +61,21 @@ class TestCATSeg(ModelTesterMixin, FromCLIPTesterMixin, PipelineTesterMixin):
         assert outputs.kept_classes is None
         assert torch.equal(outputs.logits, model(**self.pictures(2), text_embeds=text, max_classes=None).logits)
 
+    def test_labelled_classes_stay_in_training(self) -> None:
+        model = self.model().train()
+        pictures, labels = self.pictures(2), torch.full((2, *self.picture_size), 7)
+        labels[1] = 5
+        given = {**pictures, "text_embeds": self.text(model, 9), "labels": labels, "sample_seeds": torch.arange(2)}
+        kept = model(**given, max_classes=2).kept_classes
+        assert kept.sum(1).tolist() == [2, 2]
+        assert kept[0, 7]
+        assert kept[1, 5]
+        # labels say nothing about what is predicted
+        evaluated = [
+            model.eval()(**{**given, "labels": given_labels}, max_classes=2) for given_labels in (labels, None)
+        ]
+        assert torch.equal(evaluated[0].kept_classes, evaluated[1].kept_classes)
+
     @torch.no_grad()
     def test_beyond_max_classes_the_best_are_kept(self) -> None:
         model = self.model()

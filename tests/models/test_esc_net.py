@@ -14,11 +14,12 @@ from transformers import CLIPConfig, SamConfig, SamModel
 
 from benchmarks import count_esc_net
 from ov_segmentation.data.augmentation import build_augmentations
+from ov_segmentation.layers.labelled_classes import classes_in, labelled_first
 from ov_segmentation.layers.linear_attention import TextClassAttention
 from ov_segmentation.layers.pseudo_prompts import PseudoPrompts, generate_pseudo_prompts
 from ov_segmentation.layers.sam_blocks import PseudoPromptEncoder, SAMBlock, load_sam_parts
 from ov_segmentation.losses import SeededDraws
-from ov_segmentation.models.esc_net.chunks import chunk_bounds, classes_in, kept_classes, labelled_first
+from ov_segmentation.models.esc_net.chunks import chunk_bounds, kept_classes
 from ov_segmentation.models.esc_net.configuration_esc_net import ESCNetConfig
 from ov_segmentation.models.esc_net.image_processing_esc_net import ESCNetImageProcessor
 from ov_segmentation.models.esc_net.modeling_esc_net import REJECTED, ESCNetForOpenVocabularySegmentation

@@ -18,6 +18,7 @@ from ...layers.correlation import correlation, strongest_classes
 from ...layers.dense_views import encode_views
 from ...layers.guided_swin import GuidedSwinPair
 from ...layers.initialization import init_torch_defaults
+from ...layers.labelled_classes import labelled_first
 from ...layers.linear_attention import ClassAttention, ClassSums, add_pooled, pool_positions, repeated
 from ...layers.one_channel import one_channel
 from ...layers.pieces import joined
@@ -192,6 +193,7 @@ class CATSegForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
         max_classes: int | None,
         class_attention_pooling: int,
         class_chunk_size: int | None,
+        sample_seeds: torch.Tensor | None,
         output_hidden_states: bool,
         output_maps: bool,
         **options: Any,
@@ -203,7 +205,11 @@ class CATSegForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
         text = F.relu(self.text_projection(F.normalize(text_embeds.mean(dim=1), dim=-1)))
         kept = None
         if max_classes is not None and max_classes < text_embeds.shape[0]:
-            kept = strongest_classes(cost, max_classes)
+            scores = cost
+            if self.training and labels is not None:  # a labelled class that is left out would have nothing to learn by
+                order = labelled_first(labels, text_embeds.shape[0], self.draws(sample_seeds, len(labels)))
+                scores = order[:, :, None, None, None]
+            kept = strongest_classes(scores, max_classes)
         states: list[list[torch.Tensor]] = []
 
         def aggregated() -> Iterator[torch.Tensor]:

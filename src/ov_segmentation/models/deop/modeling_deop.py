@@ -67,6 +67,7 @@ class DeOPForOpenVocabularySegmentation(
 
     config: DeOPConfig
     picture_switches = frozenset({"proposals", "sliding_window"})
+    sees_padding = True
     _no_split_modules = ["CLIPEncoderLayer", "Bottleneck", "SwinStage", "MaskFormerDetrDecoderLayer"]
 
     def __init__(self, config: DeOPConfig) -> None:

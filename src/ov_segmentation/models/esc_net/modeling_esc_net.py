@@ -19,6 +19,7 @@ from ...layers.configuration_dense_clip import settings_for_clip
 from ...layers.correlation import correlation
 from ...layers.dense_views import encode_views
 from ...layers.initialization import init_torch_defaults
+from ...layers.labelled_classes import labelled_first
 from ...layers.one_channel import one_channel
 from ...layers.projected_skip import ProjectedSkip
 from ...layers.sam_blocks import PseudoPromptEncoder, init_prompt_encoder, load_sam_parts
@@ -28,7 +29,7 @@ from ...modeling_base import OpenVocabularySegmentationModel
 from ...modeling_outputs import ImageState, OpenVocabularySegmentationOutput
 from ...precision import in_float32
 from .blocks import ESCNetBlock, SAMNeck, run_blocks
-from .chunks import ClassChunk, by_class, check_limits, chunk_bounds, kept_classes, labelled_first
+from .chunks import ClassChunk, by_class, check_limits, chunk_bounds, kept_classes
 from .configuration_esc_net import SAM_LAYER_NORM_EPS, ESCNetConfig
 
 # logit of a rejected class: finite, because interpolating -inf gives NaN

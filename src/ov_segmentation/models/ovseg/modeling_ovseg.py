@@ -57,6 +57,7 @@ class OVSegForOpenVocabularySegmentation(LearnedPromptMixin, OpenVocabularySegme
     config: OVSegConfig
     switches = frozenset({"ensemble_weight", "class_is_seen"})
     picture_switches = frozenset({"crop_batch_size", "ensemble_weight", "sliding_window"})
+    sees_padding = True
     _no_split_modules = ["CLIPEncoderLayer", "SwinStage", "Bottleneck", "MaskFormerDetrDecoderLayer"]
     # CLIP's picture tower and the mask prompts see crops, not the loss: they have a training of their own
     trainable_parts = {
@@ -209,7 +210,7 @@ class OVSegForOpenVocabularySegmentation(LearnedPromptMixin, OpenVocabularySegme
         state.proposal_embeddings, state.mask_logits = last.embeddings, last.mask_logits
         if for_training:
             state.auxiliary = auxiliary
-        elif ensemble_weight is not None:
+        if ensemble_weight is not None and not (for_training and self.training):
             sizes, padded = reshaped_input_sizes.tolist(), pixel_values.shape[-2:]
             masks = [
                 self._binary_masks(logits, padded, size) for logits, size in zip(last.mask_logits, sizes, strict=True)
@@ -315,7 +316,8 @@ class OVSegForOpenVocabularySegmentation(LearnedPromptMixin, OpenVocabularySegme
         if labels is not None:
             outputs.loss_dict = self._losses(state, class_logits, text_embeds, labels.to(self.device), sample_seeds)
             outputs.loss = sum_losses(outputs.loss_dict)
-            return outputs
+            if self.training:  # CLIP's view of the proposals is for predictions
+                return outputs
         check_ensemble_weight(ensemble_weight)
         own = class_logits.softmax(dim=-1)[..., :-1]
         if ensemble_weight is None:

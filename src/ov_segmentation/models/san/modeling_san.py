@@ -48,6 +48,7 @@ class SANForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
     config: SANConfig
     _no_split_modules = ["SideBlock", "CLIPEncoderLayer"]
     picture_switches = frozenset({"sliding_window"})
+    sees_padding = True
     trainable_parts = {
         "adapter": (r"^side_adapter\.", "^background_embedding$"),
         "prompts": (r"^side_adapter\.query_", "^background_embedding$"),
