@@ -57,6 +57,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", required=True, type=Path, help="the run's folder")
     parser.add_argument("--names", help="JSON file of class names or a packaged benchmark (default: beside the data)")
     parser.add_argument("--ignore-index", type=int, nargs="+", help="pixel values that are no class")
+    parser.add_argument("--image-column", help="of the data set (default: by type and usual names)")
+    parser.add_argument("--annotation-column", help="likewise, of the label maps")
+    parser.add_argument("--reduce-labels", action="store_true", help="id 0 is no class, and the classes begin at 1")
     parser.add_argument(
         "--trainable",
         nargs="+",
@@ -87,6 +90,9 @@ def recipe_of(options: argparse.Namespace) -> Recipe:
         options.data,
         class_names=options.names,
         ignore_index=ignored[0] if ignored and len(ignored) == 1 else ignored,
+        image_column=options.image_column,
+        annotation_column=options.annotation_column,
+        reduce_labels=options.reduce_labels,
         trainable=options.trainable[0] if len(options.trainable) == 1 else options.trainable,
         pictures=options.pictures,
         short_side=options.short_side,

@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         recipe = load_recipe(options.recipe, options.set)
         train(recipe, options.output or Path("runs") / options.recipe.stem, options.resume, command)
-    except (RecipeError, RunFolderError, CheckpointError, FileNotFoundError, ImportError) as error:
+    except (RecipeError, RunFolderError, CheckpointError, FileNotFoundError, ImportError, ValueError) as error:
         # the message says what to do; a traceback would bury it
         sys.exit(f"{type(error).__name__}: {error}")
 

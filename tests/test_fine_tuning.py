@@ -112,6 +112,11 @@ def test_a_recipe_for_ones_own_pictures(folder: Path, pictures: Path) -> None:
     recipe = fine_tuning_recipe(MODEL, pictures, class_names=NAMES, trainable=["prompts", "lora"], short_side=200)
     assert (recipe.data.holdout, recipe.data.eval_split) == (None, "val")
     assert recipe.processor.image_processor["size"] == {"shortest_edge": 200, "longest_edge": 800}
+    with pytest.raises(ValueError, match=r"no column 'photo'"):
+        fine_tuning_recipe(MODEL, pictures, class_names=NAMES, image_column="photo")
+    columns = {"image_column": "image", "annotation_column": "annotation", "reduce_labels": True}
+    recipe = fine_tuning_recipe(MODEL, pictures, class_names=NAMES, **columns)
+    assert {name: getattr(recipe.data, name) for name in columns} == columns
     recipe = fine_tuning_recipe(MODEL, pictures, class_names=NAMES, pictures=5)
     assert (recipe.data.holdout, recipe.data.eval_split, recipe.data.train_samples) == (1, None, 5)
     with pytest.raises(RecipeError, match="1 labelled picture"):

@@ -221,6 +221,10 @@ def test_nan_and_infinity(bad):
 def test_floats_out_of_range():
     with pytest.raises(ValueError, match=r"before normalisation, got -1.*255"):
         raw(np.array([[[-1.0, 0, 255]]]))
+    # what a resize makes of fractions is no picture of values up to 255
+    with pytest.raises(ValueError, match=r"fractions of white, which end at 1.*0..1.01"):
+        raw(np.array([[[0.0, 0.5, 1.01]]]))
+    assert raw(np.array([[[0.0, 1.0, 2.0]]])).max() == 2
 
 
 def test_array_layouts():

@@ -156,6 +156,15 @@ def test_pictures_and_names_together(processor):
     assert resized["reshaped_input_sizes"].tolist() == [[64, 80]]
 
 
+def test_padding_and_truncation_are_what_happens_anyway(processor):
+    usual = {"padding": True, "truncation": True}
+    assert processor(text=["a", "b c"], **usual) == processor(text=["a", "b c"])
+    picture = np.zeros((40, 40, 3), np.uint8)
+    assert processor(images=picture, text=["a"], **usual).keys() == processor(images=picture, text=["a"]).keys()
+    with pytest.raises(TypeError, match="padding"):
+        processor(images=picture, text=["a"], padding="max_length")
+
+
 def test_calls_that_make_no_sense(processor):
     with pytest.raises(ValueError, match="images="):
         processor()

@@ -328,6 +328,12 @@ def test_a_run_folder_belongs_to_one_recipe(pictures, tmp_path):
         train(brief(pictures, seed=4, optimizer={**tiny_recipe(pictures)["optimizer"], "lr": 1}), run)
     with pytest.raises(RunFolderError, match="is not empty"):
         train(recipe, run, resume="never")
+    # a start that failed takes the folder from nobody
+    with pytest.raises(FileNotFoundError):
+        train(brief(tmp_path / "pictuers"), tmp_path / "typed")
+    assert (tmp_path / "typed/recipe.yaml").is_file()
+    train(recipe, tmp_path / "typed")
+    assert (tmp_path / "typed/result.json").is_file()
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis/chapter.tex").touch()
     with pytest.raises(RunFolderError, match=r"chapter\.tex but no recipe\.yaml"):

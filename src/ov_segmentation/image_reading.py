@@ -102,7 +102,8 @@ def read_image(image: Any, input_data_format: str | None = None, convert_rgb: bo
             with C of 1 (grey), 2 (grey, alpha), 3 or 4 (RGB, alpha). Alpha is dropped, not composited, as PIL's
             `convert("RGB")` does. 16-bit pictures keep their upper 8 bits (rounded). Integer arrays wider than 16 bits
             and PIL's mode "I" hold 8-bit values if none exceeds 255, else 16-bit ones. Floats hold fractions of white
-            if none exceeds 1, else values up to 255, and are rounded to 8 bits. PIL's palettes are looked up.
+            if none exceeds 1, else values up to 255, and are rounded to 8 bits; fractions that end between 1 and 2 are
+            an error. PIL's palettes are looked up.
         input_data_format: "channels_first" or "channels_last" where an array's shape is ambiguous; by default a channel
             axis of 3 or 4 is preferred, then the last axis for arrays and the first for tensors.
         convert_rgb: False: anything but three channels is an error.
@@ -191,4 +192,9 @@ def _floats_to_8_bit(values: np.ndarray) -> tuple[np.ndarray, bool]:
     if lowest < 0 or highest > 255:
         raise ValueError(f"float pixels must lie in 0..1 or 0..255 before normalisation, got {lowest:g}..{highest:g}.")
     fractions = highest <= 1
+    if 1 < highest < 2 and (values % 1).any():  # values up to 255 would be a picture that is all but black
+        raise ValueError(
+            f"float pixels are fractions of white, which end at 1, or values up to 255, got {lowest:g}..{highest:g}. "
+            f"Clip fractions to 0..1, or give uint8."
+        )
     return np.rint(values * 255 if fractions else values).astype(np.uint8), fractions

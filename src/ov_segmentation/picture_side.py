@@ -83,6 +83,7 @@ class PictureSideMixin:
         records: dict[str, bool],
         switches: dict[str, Any],
     ) -> ImageState:
+        check_tensors(pixel_values=pixel_values)
         if pixel_values.ndim != 4 or pixel_values.shape[1] != 3:
             raise ValueError(f"pixel_values must be [B, 3, H, W], got {list(pixel_values.shape)}.")
         if records["output_attentions"] and self.config._attn_implementation != "eager":
@@ -146,6 +147,15 @@ class PictureSideMixin:
                     f"{name} shapes the picture side, and this image_state was encoded with another value: give it to "
                     f"encode_image, or leave it out here."
                 )
+
+
+def check_tensors(**given: Any) -> None:
+    """A TypeError for what is not a tensor: a processor gives lists unless it is told otherwise."""
+    for name, value in given.items():
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(
+                f'{name} must be a tensor, got {type(value).__name__}: pass return_tensors="pt" to the processor.'
+            )
 
 
 def _warn_of_padding(reshaped_input_sizes: torch.Tensor, padded_sizes: torch.Tensor) -> None:

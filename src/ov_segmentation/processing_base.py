@@ -77,6 +77,10 @@ class OpenVocabularySegmentationProcessor(PushToHub, ProcessorMixin):
             `[K, P, S, L]` when a class has synonyms, a row of zeros in the mask being an absent synonym. L is the
             length of the longest text.
         """
+        # names are padded to the longest and cut to the context in any case: asking for it is no mistake
+        for option, usual in (("padding", (True, "longest")), ("truncation", (True, "longest_first"))):
+            if kwargs.get(option) in usual:
+                del kwargs[option]
         if images is None and text is None:
             raise ValueError("Give images=, text= (the class names), or both.")
         if images is None and (segmentation_maps is not None or kwargs):

@@ -11,6 +11,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
+from .picture_side import check_tensors
 from .precision import is_half_precision
 from .text_encoding import TextEmbeddingCache, encode_vocabulary
 
@@ -77,6 +78,7 @@ class TextSideMixin:
         """
         parameters = self._text_parameters()
         device = parameters[0].device
+        check_tensors(input_ids=input_ids)
         input_ids = input_ids.to(device)
         attention_mask = None if attention_mask is None else attention_mask.to(device)
 
@@ -110,6 +112,7 @@ class TextSideMixin:
             )
         if text_embeds is None:
             return self.encode_vocabulary(input_ids, attention_mask)
+        check_tensors(text_embeds=text_embeds)
         wanted = f"[K, P, {self.embedding_size}]" if self.keeps_prompts else f"[K, {self.embedding_size}]"
         if text_embeds.ndim != (3 if self.keeps_prompts else 2) or text_embeds.shape[-1] != self.embedding_size:
             raise ValueError(

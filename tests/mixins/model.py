@@ -443,6 +443,16 @@ class ModelTesterMixin:
         with pytest.raises(ValueError, match="pixel_values must be"):
             model(pixel_values=torch.zeros(1, 64, 64, 3), text_embeds=self.text(model))
 
+    def test_refuses_what_is_no_tensor(self) -> None:
+        model = self.model()
+        pixels, text = self.pictures()["pixel_values"], self.text(model)
+        with pytest.raises(TypeError, match=r'pixel_values must be a tensor, got list: pass return_tensors="pt"'):
+            model(pixels.tolist(), text_embeds=text)
+        with pytest.raises(TypeError, match="text_embeds must be a tensor, got ndarray"):
+            model(pixels, text_embeds=text.numpy())
+        with pytest.raises(TypeError, match="input_ids must be a tensor, got list"):
+            model(pixels, input_ids=[[[1, 2]]])
+
     def test_refuses_unknown_switches(self) -> None:
         model = self.model()
         with pytest.raises(TypeError, match="no_such_switch"):

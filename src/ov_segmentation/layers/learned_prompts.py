@@ -19,6 +19,8 @@ from transformers.masking_utils import create_causal_mask
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 
+from ..picture_side import check_tensors
+
 CONTEXT = "text_prompt.context"
 
 
@@ -104,6 +106,7 @@ class LearnedPromptMixin:
         Raises:
             ValueError: several texts a name, which can only come from templates.
         """
+        check_tensors(input_ids=input_ids)
         if self.text_prompt is not None and input_ids.shape[1] > 1:
             raise ValueError(
                 f"The text prompt of this {type(self).__name__} is learned: it takes bare names, not names in "

@@ -33,6 +33,9 @@ def fine_tuning_recipe(
     *,
     class_names: str | Sequence[str | list[str]] | None = None,
     ignore_index: int | Sequence[int] | None = None,
+    image_column: str | None = None,
+    annotation_column: str | None = None,
+    reduce_labels: bool = False,
     trainable: str | Sequence[str] = "adapter",
     pictures: int | None = None,
     short_side: int | None = None,
@@ -50,7 +53,8 @@ def fine_tuning_recipe(
 
     Args:
         model: folder or Hub id of a checkpoint of this package, of any method.
-        data, class_names, ignore_index: see [`ov_segmentation.data.datasets.load_segmentation_data`].
+        data, class_names, ignore_index, image_column, annotation_column, reduce_labels: see
+            [`ov_segmentation.data.datasets.load_segmentation_data`].
         trainable: see `ModelRecipe.trainable`.
         pictures: use so many pictures of the training split only, a fifth of them held out.
         short_side: of the pictures, in training and ever after; None: what the checkpoint's image processor does.
@@ -60,7 +64,8 @@ def fine_tuning_recipe(
         RecipeError: fewer than two pictures.
         FileNotFoundError, ValueError: a data set that cannot be used.
     """
-    found = load_segmentation_data(data, class_names=class_names, ignore_index=ignore_index)
+    columns = {"image_column": image_column, "annotation_column": annotation_column, "reduce_labels": reduce_labels}
+    found = load_segmentation_data(data, class_names=class_names, ignore_index=ignore_index, **columns)
     train_split = "train" if "train" in found.splits else next(iter(found.splits))
     available = len(found.split(train_split))
     used = available if pictures is None else min(pictures, available)
@@ -86,6 +91,7 @@ def fine_tuning_recipe(
             "eval_split": eval_split,
             "class_names": class_names if class_names is None or isinstance(class_names, str) else list(class_names),
             "ignore_index": list(ignore_index) if isinstance(ignore_index, Sequence) else ignore_index,
+            **columns,
             "train_samples": pictures,
             "holdout": max(1, round(HELD_OUT * used)) if eval_split is None else None,
         },
@@ -129,7 +135,12 @@ def score_before_and_after(
         ValueError: no such split.
     """
     data: SegmentationData = load_segmentation_data(
-        recipe.data.name, class_names=recipe.data.class_names, ignore_index=recipe.data.ignore_index
+        recipe.data.name,
+        class_names=recipe.data.class_names,
+        ignore_index=recipe.data.ignore_index,
+        image_column=recipe.data.image_column,
+        annotation_column=recipe.data.annotation_column,
+        reduce_labels=recipe.data.reduce_labels,
     )
     pictures = data.split(split, max_samples)
     accelerator = Accelerator()

@@ -31,7 +31,7 @@ from .data_loading import StepBatches, training_loader
 from .exporting import export_model
 from .optimization import build_optimizer, learning_rate_factor, set_learning_rates
 from .randomness import seed_step
-from .run_folder import RunFolder
+from .run_folder import CHECKPOINTS, RunFolder
 from .sharding import make_shardable, whole_weights
 from .trackers import JSONLinesTracker, build_trackers
 
@@ -83,7 +83,7 @@ class TrainingRun:
         if accelerator.distributed_type == DistributedType.DEEPSPEED:
             accelerator.state.deepspeed_plugin.deepspeed_config |= deepspeed_values(recipe, accelerator.num_processes)
         self.folder = RunFolder(output)
-        self.store = CheckpointStore(output / "checkpoints", recipe.checkpoint.total_limit)
+        self.store = CheckpointStore(output / CHECKPOINTS, recipe.checkpoint.total_limit)
         self._on_main(lambda: self.folder.claim(recipe, resume))
         self._on_main(self.store.remove_temporary)
 

@@ -12,7 +12,7 @@ from ..atomic_files import write_atomically
 from .recipe import Recipe, differences, recipe_values
 from .trackers import LOG_FILE, read_log
 
-RECIPE, RESULT, MODEL = "recipe.yaml", "result.json", "model"
+RECIPE, RESULT, MODEL, CHECKPOINTS = "recipe.yaml", "result.json", "model", "checkpoints"
 
 
 class RunFolderError(RuntimeError):
@@ -31,7 +31,7 @@ class RunFolder:
         return self.path / MODEL
 
     def claim(self, recipe: Recipe, resume: str) -> None:
-        """Make the folder this recipe's, or find that it is.
+        """Make the folder this recipe's, or find that it is. A run that took no step gives way.
 
         Raises:
             RunFolderError: it holds a run of another recipe, something else, or (resume="never") anything.
@@ -43,7 +43,10 @@ class RunFolder:
         contents = sorted(item.name for item in self.path.iterdir()) if self.path.is_dir() else []
         if contents and resume == "never":
             raise RunFolderError(f"{self.path} is not empty ({', '.join(contents[:5])}); give another --output.")
-        if file.is_file():
+        if file.is_file() and not self._has_progress():
+            # it ended before its first step, over a path or an option, say: nothing is lost
+            (self.path / LOG_FILE).unlink(missing_ok=True)
+        elif file.is_file():
             other = yaml.safe_load(file.read_text(encoding="utf-8"))
             if changed := differences(values, other):
                 raise RunFolderError(
@@ -57,6 +60,14 @@ class RunFolder:
             )
         self.path.mkdir(parents=True, exist_ok=True)
         write_atomically(file, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+
+    def _has_progress(self) -> bool:
+        """Whether anything of a run is there but its recipe and the log of a start."""
+        checkpoints = self.path / CHECKPOINTS
+        has_checkpoint = checkpoints.is_dir() and any(checkpoints.iterdir())
+        log = self.path / LOG_FILE
+        has_steps = log.is_file() and any(line["step"] > 0 for line in read_log(log))
+        return has_checkpoint or has_steps or any((self.path / name).exists() for name in (RESULT, MODEL))
 
     def evaluation_of(self, step: int) -> dict[str, Any]:
         """The figures of the evaluation after `step` optimizer steps, without their prefix; empty if there was none."""
