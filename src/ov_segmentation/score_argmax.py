@@ -28,7 +28,7 @@ class LabelMap:
     """Result for one picture of H x W pixels and K classes.
 
     Args:
-        index: `[H, W]` int64, the class of the highest score, the lowest index where several share it; 0 where all
+        index: `[H, W]` int64, the class of the highest score, the lowest index where several share it; any where all
             scores are 0.
         best: `[H, W]`, its score; where only one class can win and neither `total` nor `scores` is wanted, a lower
             bound of it.
@@ -79,8 +79,7 @@ def draw_label_map(field: Field, size: tuple[int, int], with_total: bool, with_s
             if not len(classes):
                 continue
         best, winner = scores.max(-1)
-        result.best[tile] = best
-        result.index[tile] = torch.where(best > 0, classes[winner], 0)
+        result.best[tile], result.index[tile] = best, classes[winner]
         if with_scores:
             result.scores[:, tile[0], tile[1]] = scores.permute(2, 0, 1)
     return result
@@ -89,7 +88,7 @@ def draw_label_map(field: Field, size: tuple[int, int], with_total: bool, with_s
 def _candidates(bounds: Bounds) -> tuple[list[torch.Tensor], list[float]]:
     """Classes that can win in each tile, and the highest of their least scores."""
     low, high = bounds.low.flatten(0, 1), bounds.high.flatten(0, 1)
-    # scores of 0 never win: index 0 and score 0 are what a pixel without any score gets
+    # scores of 0 never win
     promising = (high * (1 + SLACK) >= low.amax(-1, keepdim=True)) & (high > 0)
     if bounds.beaten is not None:
         pairs = (promising & (promising.sum(-1, keepdim=True) > _FEW)).nonzero(as_tuple=True)

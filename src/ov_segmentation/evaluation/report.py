@@ -198,7 +198,8 @@ def _proposals(proposals: Mapping[str, Mapping[str, Any]]) -> list[str]:
         return []
     shown = ("precision", "hits_per_region_seen", "hits_per_region_unseen", "recall", "recall_seen", "recall_unseen")
     rows = [[name, *(_percent(values[key]) for key in shown)] for name, values in proposals.items()]
-    return ["## Proposals", "", *_table(["counted, IoU above", *shown], rows)]
+    note = "Ignored pixels of a picture count as one more region, as in the original evaluation."
+    return ["## Proposals", "", *_table(["counted, IoU above", *shown], rows), "", note]
 
 
 def _compared(protocol: EvaluationProtocol, miou: Mapping[str, float]) -> list[dict[str, Any]]:
