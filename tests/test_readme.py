@@ -44,7 +44,7 @@ def test_links_to_files_lead_somewhere(path):
 
 def test_snippets_of_the_readme_use_no_name_that_they_do_not_make():
     text = (readme.ROOT / "README.md").read_text(encoding="utf-8")
-    known = {*dir(builtins), "path", "image", "predicted_maps", "label_maps", "seen_ids"}  # the reader's own
+    known = {*dir(builtins), "path", "image", "predicted_maps", "label_maps", "seen_ids", "rows"}  # the reader's own
     blocks = re.findall(r"```python\n(.*?)```", text, re.S)
     assert len(blocks) >= 4
     for block in blocks:
@@ -52,6 +52,8 @@ def test_snippets_of_the_readme_use_no_name_that_they_do_not_make():
         for node in ast.walk(ast.parse(block)):
             if isinstance(node, ast.Name):
                 (used if isinstance(node.ctx, ast.Load) else known).add(node.id)
+            elif isinstance(node, (ast.arg, ast.FunctionDef)):
+                known.add(node.arg if isinstance(node, ast.arg) else node.name)
             elif isinstance(node, ast.alias):
                 known.add(node.asname or node.name.split(".")[0])
         assert used <= known, f"{sorted(used - known)} in:\n{block}"
