@@ -463,6 +463,16 @@ class TestSED(ModelTesterMixin, PipelineTesterMixin):
             weights = clip.text_model.state_dict()
             assert all(torch.equal(v, weights[k]) for k, v in model.text_model.text_model.state_dict().items())
 
+    @torch.no_grad()
+    def test_from_clip_is_in_float32_around_a_clip_of_half_precision(self, tmp_path: Path) -> None:
+        vit = CLIPModel(CLIPConfig.from_dict(tiny_clip_config()))
+        convnext = ConvNextCLIPModel(ConvNextCLIPConfig(vision_config=VISION, text_config=TEXT))
+        for clip in (vit, convnext):
+            clip.bfloat16().save_pretrained(tmp_path / type(clip).__name__)
+            model = self.around(tmp_path / type(clip).__name__)
+            assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+            self.run(model.eval())
+
     # ------------------------------------------------------------------ recipes
 
     @pytest.mark.parametrize("name", ["sed_convnext_b_coco", "sed_convnext_l_coco", "sed_tiny_camvid", "sed_scenes"])

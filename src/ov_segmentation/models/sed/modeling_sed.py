@@ -184,6 +184,9 @@ class SEDForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
                 or, for the plain encoder, of a `CLIPModel`; or one of these models itself.
             config: values for the configuration; `vision_config` and `text_config` are merged into what CLIP says.
 
+        Returns:
+            The model in float32, frozen as SED trains it.
+
         Raises:
             ConversionError: damaged or missing weights, or an OpenCLIP model without ConvNeXt.
         """
@@ -196,7 +199,8 @@ class SEDForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
         model = cls(cls.config_class(**{**values, **config}))
         decoder = [key for key in model.state_dict() if key.startswith(DECODER_PREFIXES)]
         load_converted(model, {**{key: model.state_dict()[key] for key in decoder}, **weights})
-        return model
+        # CLIP's parts have the types that their configurations name
+        return model.float()
 
     # ------------------------------------------------------------------ picture side
 
