@@ -10,6 +10,7 @@ from transformers import CLIPConfig, CLIPModel
 from .configuration_base import OpenVocabularySegmentationConfig
 from .layers.clip_stem import install_clip_stem, load_clip, split_clip_config
 from .layers.quick_gelu import replace_quick_gelu
+from .layers.sub_models import build_sub_model
 
 
 class FromCLIPMixin:
@@ -18,7 +19,7 @@ class FromCLIPMixin:
     @staticmethod
     def build_clip(config: OpenVocabularySegmentationConfig) -> CLIPModel:
         """A `CLIPModel` by `config.clip_config`, with the convolutional trunk of `config.clip_stem` if there is one."""
-        clip = CLIPModel._from_config(config.clip_config)
+        clip = build_sub_model(CLIPModel, config.clip_config)
         install_clip_stem(clip, config.clip_stem)
         replace_quick_gelu(clip)
         return clip
@@ -45,5 +46,5 @@ class FromCLIPMixin:
         values = {"clip_config": clip_config, "clip_stem": clip_stem, **cls.config_for_clip(clip_config), **config}
         model = cls(cls.config_class(**values))
         model.clip.load_state_dict(clip.state_dict())
-        # CLIP's part has the type that CLIP's configuration names
+        # torch's default may be another dtype
         return model.float()

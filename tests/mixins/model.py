@@ -11,6 +11,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, CLIPConfig, CLIPModel, Trainer, TrainingArguments
+from transformers.modeling_utils import local_torch_dtype
 
 from ov_segmentation import AutoModelForOpenVocabularySegmentation
 from ov_segmentation.auto import load_class
@@ -220,6 +221,21 @@ class ModelTesterMixin:
         assert loaded.dtype == torch.bfloat16
         for name, value in model.state_dict().items():
             assert torch.equal(loaded.state_dict()[name], value), name
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+    def test_a_model_built_by_a_loaded_configuration_is_of_one_dtype(self, dtype: torch.dtype, tmp_path: Path) -> None:
+        """Torch's default, though every part of the configuration names the dtype of the checkpoint."""
+        self.model().to(torch.bfloat16).save_pretrained(tmp_path / "loaded")
+        config = self.model_class.from_pretrained(tmp_path / "loaded").config
+        with local_torch_dtype(dtype):
+            model = self.model_class(config).eval()
+        assert {tensor.dtype for tensor in model.state_dict().values() if tensor.is_floating_point()} == {dtype}
+        self.run(model)
+        model.save_pretrained(tmp_path / "built")
+        loaded = self.model_class.from_pretrained(tmp_path / "built").state_dict()
+        for name, value in model.state_dict().items():
+            assert torch.equal(loaded[name], value), name
+            assert loaded[name].dtype == (torch.float32 if model.stays_in_float32(name) else value.dtype), name
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
     def test_half_precision_keeps_what_needs_more(self, dtype: torch.dtype, tmp_path: Path) -> None:

@@ -21,6 +21,8 @@ from transformers import (
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from .sub_models import build_sub_model
+
 
 @strict
 class ConvNextCLIPConfig(PreTrainedConfig):
@@ -59,8 +61,8 @@ class ConvNextCLIPModel(PreTrainedModel):
 
     def __init__(self, config: ConvNextCLIPConfig) -> None:
         super().__init__(config)
-        self.vision_model = ConvNextModel._from_config(config.vision_config)
-        self.text_model = CLIPTextModelWithProjection._from_config(config.text_config)
+        self.vision_model = build_sub_model(ConvNextModel, config.vision_config)
+        self.text_model = build_sub_model(CLIPTextModelWithProjection, config.text_config)
         width, projection_dim = config.vision_config.hidden_sizes[-1], config.text_config.projection_dim
         self.visual_projection = nn.Linear(width, projection_dim, bias=False)
         self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale_init_value))

@@ -12,6 +12,8 @@ from transformers import SwinConfig
 from transformers.models.swin.modeling_swin import SwinBackbone as TransformersSwinBackbone
 from transformers.models.swin.modeling_swin import SwinLayer, SwinMLP
 
+from .sub_models import build_sub_model
+
 STAGES = ["stage1", "stage2", "stage3", "stage4"]
 
 
@@ -33,7 +35,7 @@ class SwinBackbone(nn.Module):
     def __init__(self, config: SwinConfig) -> None:
         super().__init__()
         config.set_output_features_output_indices(out_features=STAGES, out_indices=None)
-        self.model = TransformersSwinBackbone._from_config(config)
+        self.model = build_sub_model(TransformersSwinBackbone, config)
         # a final norm that no feature map passes through
         self.model.swin.layernorm = nn.Identity()
         for layer in self.model.modules():

@@ -22,6 +22,7 @@ from ...layers.maskformer import MaskProposalNetwork, MaskProposals, init_mask_p
 from ...layers.picture_stretching import stretch_pictures
 from ...layers.sam_vision_attention import replace_sam_attention
 from ...layers.sliding_window import each_view, encode_each, split_pictures, view_boxes
+from ...layers.sub_models import build_sub_model
 from ...losses import MaskClassificationCriterion, Prediction, sum_losses
 from ...modeling_base import OpenVocabularySegmentationModel
 from ...modeling_outputs import ImageState, OpenVocabularySegmentationOutput
@@ -80,7 +81,7 @@ class DeOPForOpenVocabularySegmentation(
         elif config.proposals == "sam":
             from transformers import SamModel
 
-            self.sam = SamModel._from_config(config.sam_config)
+            self.sam = build_sub_model(SamModel, config.sam_config)
             replace_sam_attention(self.sam)
         self.visual_prompts = VisualPrompts(config)
         self.no_object_embedding = nn.Parameter(torch.zeros(1, size))

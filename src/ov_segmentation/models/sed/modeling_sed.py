@@ -23,6 +23,7 @@ from ...layers.initialization import init_torch_defaults
 from ...layers.picture_stretching import stretch_pictures
 from ...layers.pieces import joined
 from ...layers.sliding_window import cut_views, resize, split_pictures, view_boxes
+from ...layers.sub_models import build_sub_model
 from ...losses_per_class import per_class_cross_entropy
 from ...modeling_base import OpenVocabularySegmentationModel
 from ...modeling_outputs import ImageState, OpenVocabularySegmentationOutput
@@ -89,10 +90,10 @@ class SEDForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
             # transformers refuses any other for a model without attention
             config.vision_config._attn_implementation = "eager"
         vision_class = CLIPVisionModel if config.has_plain_encoder else ConvNextModel
-        self.vision_model = vision_class._from_config(config.vision_config)
+        self.vision_model = build_sub_model(vision_class, config.vision_config)
         install_clip_stem(self, config.clip_stem)
         self.visual_projection = self._make_projection(config)
-        self.text_model = CLIPTextModelWithProjection._from_config(config.text_config)
+        self.text_model = build_sub_model(CLIPTextModelWithProjection, config.text_config)
         self.image_guidance = nn.ModuleList(
             nn.Conv2d(channels, guidance, 3, padding=1)
             for channels, guidance in zip(self._guidance_sources(config), config.guidance_dims)
@@ -199,7 +200,7 @@ class SEDForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
         model = cls(cls.config_class(**{**values, **config}))
         decoder = [key for key in model.state_dict() if key.startswith(DECODER_PREFIXES)]
         load_converted(model, {**{key: model.state_dict()[key] for key in decoder}, **weights})
-        # CLIP's parts have the types that their configurations name
+        # torch's default may be another dtype
         return model.float()
 
     # ------------------------------------------------------------------ picture side
