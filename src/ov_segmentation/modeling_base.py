@@ -68,6 +68,10 @@ class OpenVocabularySegmentationModel(PushToHub, FromCLIPMixin, TextSideMixin, P
 
     def post_init(self) -> None:
         """What every constructor ends with."""
+        for name, parameter in self.named_parameters():
+            # when loading too: what is offloaded to disk is read in the dtype that it has now
+            if self.stays_in_float32(name):
+                parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
         super().post_init()
         replace_linear(self)
 
