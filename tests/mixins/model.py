@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from accelerate.hooks import attach_execution_device_hook
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, CLIPConfig, CLIPModel, Trainer, TrainingArguments
@@ -258,6 +259,13 @@ class ModelTesterMixin:
             torch.testing.assert_close(
                 found[name].float(), expected, rtol=0, atol=allowed, msg=lambda m, n=name: f"{n}: {m}"
             )
+
+    def test_hooks_of_accelerate_change_nothing(self) -> None:
+        """They hand every module a copy of the lists that it is called with."""
+        model = self.model()
+        expected = self.run(model)
+        attach_execution_device_hook(model, torch.device("cpu"))
+        self.assert_same(self.run(model), expected)
 
     def test_refuses_checkpoints_of_another_method(self, tmp_path: Path) -> None:
         config = self.config()

@@ -89,7 +89,9 @@ class CostAggregationLayer(nn.Module):
         missing = max(0, self.padding_length - num_classes)
         return ClassSums(*(part.repeat(1, num_positions, 1, 1) for part in repeated(one, missing)))
 
-    def forward(self, chunks: list[ClassChunk], appearance: torch.Tensor, grid: tuple[int, int], pooling: int) -> None:
+    def forward(
+        self, chunks: list[ClassChunk], appearance: torch.Tensor, grid: tuple[int, int], pooling: int
+    ) -> list[ClassChunk]:
         """Aggregate all classes of R rows, in place in the list; the result does not depend on the chunks.
 
         Args:
@@ -97,6 +99,9 @@ class CostAggregationLayer(nn.Module):
             appearance: `[R, 1, h * w, A]`.
             grid: (h, w).
             pooling: average pooling in front of the class aggregation.
+
+        Returns:
+            The list. It is another one than the caller's if accelerate has hooked the layer.
         """
         num_classes = sum(chunk.features.shape[1] for chunk in chunks)
         sums = self.padding_sums(num_classes, (grid[0] // pooling) * (grid[1] // pooling))
@@ -109,6 +114,7 @@ class CostAggregationLayer(nn.Module):
             maps = features.flatten(0, 1).unflatten(1, grid)
             tokens = self.classes(pool_positions(maps, pooling), chunks[i].counts, sums, text.flatten(0, 1))
             chunks[i] = ClassChunk(add_pooled(maps, tokens, pooling).view(features.shape), text)
+        return chunks
 
 
 class CATSegForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
@@ -259,7 +265,7 @@ class CATSegForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
         states = []
         for layer in (None, *self.layers):
             if layer is not None:
-                layer(chunks, appearance, grid, pooling)
+                chunks = layer(chunks, appearance, grid, pooling)
             if keep_states:
                 states.append(torch.cat([chunk.features for chunk in chunks], dim=1))
         prepared = [
