@@ -18,6 +18,7 @@ from .layers.freed_memory import keep_freed_memory
 from .layers.products import replace_linear
 from .losses import SeededDraws
 from .modeling_outputs import ImageState, OpenVocabularySegmentationOutput
+from .offloading import execution_device, with_weights_at_hand
 from .picture_side import FROM_CONFIG, PictureSideMixin
 from .pushing import PushToHub
 from .text_encoding import TextEmbeddingCache
@@ -76,6 +77,12 @@ class OpenVocabularySegmentationModel(PushToHub, FromCLIPMixin, TextSideMixin, P
         replace_linear(self)
 
     @property
+    def device(self) -> torch.device:
+        """Of the weights; of offloaded ones, where they are fetched to for a call."""
+        device = next(p.device for p in self.parameters())
+        return execution_device(self) or device if device.type == "meta" else device
+
+    @property
     def dtype(self) -> torch.dtype:
         """Of the weights, without scalars: CLIP's temperature, its first parameter, stays in float32."""
         return next(p.dtype for p in self.parameters() if p.is_floating_point() and p.ndim > 0)
@@ -132,6 +139,7 @@ class OpenVocabularySegmentationModel(PushToHub, FromCLIPMixin, TextSideMixin, P
         return given
 
     @can_return_tuple
+    @with_weights_at_hand
     def forward(
         self,
         pixel_values: torch.Tensor | None = None,

@@ -9,6 +9,7 @@ from transformers.utils import logging
 
 from .layers.pieces import runs_in_pieces
 from .modeling_outputs import ImageState, join_states
+from .offloading import with_weights_at_hand
 
 logger = logging.get_logger(__name__)
 
@@ -47,6 +48,7 @@ class PictureSideMixin:
         known = {name: getattr(self.config, name) if value is None else value for name, value in given.items()}
         return {**known, "output_maps": output_maps}
 
+    @with_weights_at_hand
     def encode_image(
         self,
         pixel_values: torch.Tensor,

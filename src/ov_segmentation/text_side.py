@@ -11,6 +11,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
+from .offloading import with_weights_at_hand
 from .picture_side import check_tensors
 from .precision import is_half_precision
 from .text_encoding import TextEmbeddingCache, encode_vocabulary
@@ -54,6 +55,7 @@ class TextSideMixin:
         hidden = text_model(input_ids=input_ids).last_hidden_state
         return projection(hidden[torch.arange(len(hidden), device=hidden.device), ends])
 
+    @with_weights_at_hand
     def encode_vocabulary(
         self,
         input_ids: torch.Tensor,

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from accelerate import cpu_offload, disk_offload
 from accelerate.hooks import attach_execution_device_hook
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 from safetensors.torch import load_file, save_file
@@ -266,6 +267,46 @@ class ModelTesterMixin:
         expected = self.run(model)
         attach_execution_device_hook(model, torch.device("cpu"))
         self.assert_same(self.run(model), expected)
+
+    @torch.no_grad()
+    @pytest.mark.parametrize(
+        ("offload", "dtype"),
+        [
+            ("cpu_offload", torch.float32),
+            ("disk_offload", torch.bfloat16),
+            ("a part on disk", torch.float32),
+            ("all on disk", torch.bfloat16),
+        ],
+        ids=str,
+    )
+    def test_offloaded_weights_are_at_hand(self, offload: str, dtype: torch.dtype, tmp_path: Path) -> None:
+        self.model().save_pretrained(tmp_path / "model")
+        exact, model = (self.model_class.from_pretrained(tmp_path / "model", dtype=dtype) for _ in range(2))
+        if offload == "cpu_offload":
+            cpu_offload(model, torch.device("cpu"))
+        elif offload == "disk_offload":
+            disk_offload(model, tmp_path / "weights", torch.device("cpu"))
+        else:
+            parts = dict.fromkeys((name.split(".")[0] for name in model.state_dict()), "cpu")
+            parts["clip" if "clip" in parts else "text_model"] = "disk"
+            model = self.model_class.from_pretrained(
+                tmp_path / "model",
+                dtype=dtype,
+                device_map=parts if offload == "a part on disk" else {"": "disk"},
+                offload_folder=tmp_path / "weights",
+            )
+        tokens = self.token_ids(["road", "a tree", "sky"])
+        away = [parameter.is_meta for parameter in model.parameters()]
+        assert any(away)
+        assert model.device == torch.device("cpu")
+        expected = self.predictions(exact(**self.pictures(), **tokens))
+        for _ in range(2):
+            self.assert_same(self.predictions(model(**self.pictures(), **tokens)), expected)
+            with pytest.raises(ValueError, match="neither"):
+                model(**self.pictures())
+            state, text = model.encode_image(**self.pictures()), model.encode_vocabulary(**tokens)
+            self.assert_same(self.predictions(model(image_state=state, text_embeds=text)), expected)
+            assert [parameter.is_meta for parameter in model.parameters()] == away
 
     def test_refuses_checkpoints_of_another_method(self, tmp_path: Path) -> None:
         config = self.config()

@@ -12,6 +12,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from accelerate import cpu_offload
 from huggingface_hub.errors import StrictDataclassClassValidationError
 from transformers import AutoImageProcessor, AutoProcessor, SwinConfig, SwinForImageClassification
 
@@ -316,6 +317,17 @@ class TestOVSeg(ModelTesterMixin, FromCLIPTesterMixin, PipelineTesterMixin):
             state = model.encode_image(**self.pictures(2), sliding_window=True)
         assert state.crop_features.shape == (10, 5, model.embedding_size)
         assert state.valid.all()
+
+    def test_masks_of_an_offloaded_model(self) -> None:
+        model, offloaded = self.model(), cpu_offload(self.model(), torch.device("cpu"))
+        inputs = self.pictures()
+        masks, again = (
+            m.propose_masks(inputs["pixel_values"], inputs["reshaped_input_sizes"]) for m in (model, offloaded)
+        )
+        assert torch.equal(again[0], masks[0])
+        with torch.no_grad():
+            features, found = (m.encode_masks(inputs["pixel_values"], masks)[0] for m in (model, offloaded))
+        assert torch.equal(found, features)
 
     # ------------------------------------------------------------------ prompts
 

@@ -25,6 +25,7 @@ from ...layers.sliding_window import each_view, encode_each, split_pictures, vie
 from ...losses import MaskClassificationCriterion, Prediction, sum_losses
 from ...modeling_base import OpenVocabularySegmentationModel
 from ...modeling_outputs import ImageState, OpenVocabularySegmentationOutput
+from ...offloading import with_weights_at_hand
 from .configuration_ovseg import OVSegConfig, check_ensemble_weight
 
 
@@ -219,6 +220,7 @@ class OVSegForOpenVocabularySegmentation(LearnedPromptMixin, OpenVocabularySegme
         return state
 
     @torch.no_grad()
+    @with_weights_at_hand
     def propose_masks(self, pixel_values: torch.Tensor, reshaped_input_sizes: torch.Tensor) -> list[torch.Tensor]:
         """Each picture's binary proposals, bool `[N, h, w]` at the size of the resized picture; some may be empty.
 
@@ -233,6 +235,7 @@ class OVSegForOpenVocabularySegmentation(LearnedPromptMixin, OpenVocabularySegme
             for logits, size in zip(proposals.mask_logits, reshaped_input_sizes.tolist(), strict=True)
         ]
 
+    @with_weights_at_hand
     def encode_masks(
         self, pixel_values: torch.Tensor, masks: list[torch.Tensor], crop_batch_size: int | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
