@@ -48,6 +48,36 @@ class OpenVocabularySegmentationConfig(PreTrainedConfig):
         if clip_config is not None:
             repair_legacy_token_ids(clip_config.text_config)
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """transformers' `from_dict`, which sets `kwargs` on a configuration that has been checked without them."""
+        found = super().from_dict(config_dict, **kwargs)
+        (found[0] if isinstance(found, tuple) else found).validate()
+        return found
+
+    def validate_windows(self) -> None:
+        """Check the geometry of the sliding window (called by `strict` on construction)."""
+        # SED's canvas need not be a square
+        name = "canvas_size" if hasattr(self, "canvas_size") else "canvas_pixels"
+        canvas = getattr(self, name)
+        sides = (canvas, canvas) if isinstance(canvas, int) else canvas
+        if len(sides) != 2 or not 0 < self.window_stride <= self.window_pixels <= min(sides):
+            raise ValueError(
+                f"Windows need 0 < window_stride <= window_pixels <= {name}, got {self.window_stride}, "
+                f"{self.window_pixels}, {canvas}."
+            )
+
+
+def check_positive(**limits: int | None) -> None:
+    """Check numbers of classes or pictures at a time, given by name.
+
+    Raises:
+        ValueError: one is neither positive nor None (no limit).
+    """
+    for name, value in limits.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, or None for no limit; got {value}.")
+
 
 def repair_legacy_token_ids(text_config: PreTrainedConfig) -> None:
     """Give a CLIP text config its true start and end ids.

@@ -8,7 +8,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import CLIPConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
-from ..configuration_base import OpenVocabularySegmentationConfig
+from ..configuration_base import OpenVocabularySegmentationConfig, check_positive
 from .sliding_window import Windows
 
 VIT_B_16 = {"vision_config": {"patch_size": 16, "image_size": 224}}
@@ -79,7 +79,7 @@ class DenseCLIPConfig(OpenVocabularySegmentationConfig):
         return Windows(self.window_pixels, self.window_stride, canvas_size, self.global_view)
 
     def validate_geometry(self) -> None:
-        """Check picture, patches and windows (called by `strict` on construction)."""
+        """Check picture, patches and aggregation (called by `strict` on construction)."""
         patch = self.clip_config.vision_config.patch_size
         if self.image_size % patch:
             raise ValueError(f"image_size {self.image_size} is no multiple of CLIP's patch size {patch}.")
@@ -87,11 +87,6 @@ class DenseCLIPConfig(OpenVocabularySegmentationConfig):
             raise ValueError(
                 f"window_size {self.window_size} does not divide the {self.grid_size} positions of image_size "
                 f"{self.image_size}."
-            )
-        if not 0 < self.window_stride <= self.window_pixels <= self.canvas_pixels:
-            raise ValueError(
-                f"Windows need 0 < window_stride <= window_pixels <= canvas_pixels, got {self.window_stride}, "
-                f"{self.window_pixels}, {self.canvas_pixels}."
             )
 
     def validate_widths(self) -> None:
@@ -113,10 +108,9 @@ class DenseCLIPConfig(OpenVocabularySegmentationConfig):
 
     def validate_limits(self) -> None:
         """Check counts (called by `strict` on construction)."""
-        for name in ("max_classes", "class_chunk_size", "crop_batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, or None for no limit, got {value}.")
+        check_positive(
+            max_classes=self.max_classes, class_chunk_size=self.class_chunk_size, crop_batch_size=self.crop_batch_size
+        )
 
 
 def settings_for_clip(clip_config: CLIPConfig) -> dict[str, Any]:

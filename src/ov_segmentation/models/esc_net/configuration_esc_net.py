@@ -8,6 +8,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig, SamConfig
 from transformers.configuration_utils import SubConfigSpec
 
+from ...configuration_base import check_positive
 from ...layers.configuration_dense_clip import DenseCLIPConfig
 from ...layers.kmeans import MAX_CLUSTERS
 
@@ -133,10 +134,7 @@ class ESCNetConfig(DenseCLIPConfig):
 
     def validate_rejection(self) -> None:
         """Check early rejection (called by `strict` on construction)."""
-        for name in ("rejection_top_k", "train_max_classes"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, or None to switch it off, got {value}.")
+        check_positive(rejection_top_k=self.rejection_top_k, train_max_classes=self.train_max_classes)
         limits = (self.rejection_top_k, self.max_classes, self.train_max_classes)
         if self.refined_feature_aggregation == "mean" and any(limit is not None for limit in limits):
             raise ValueError(

@@ -8,7 +8,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import CLIPConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
-from ...configuration_base import OpenVocabularySegmentationConfig
+from ...configuration_base import OpenVocabularySegmentationConfig, check_positive
 from ...layers.configuration_maskformer import MaskProposalConfig
 
 VIT_L_14 = {
@@ -127,8 +127,7 @@ class OVSegConfig(OpenVocabularySegmentationConfig):
             raise ValueError(f"mask_threshold is a probability, got {self.mask_threshold}.")
         if self.mask_expand_ratio <= 0:
             raise ValueError(f"mask_expand_ratio must be positive, got {self.mask_expand_ratio}.")
-        if self.crop_batch_size is not None and self.crop_batch_size < 1:
-            raise ValueError(f"crop_batch_size must be at least 1, or None, got {self.crop_batch_size}.")
+        check_positive(crop_batch_size=self.crop_batch_size)
         check_ensemble_weight(self.ensemble_weight)
 
 

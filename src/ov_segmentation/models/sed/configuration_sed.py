@@ -8,7 +8,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import AutoConfig, CLIPTextConfig, PreTrainedConfig
 from transformers.configuration_utils import SubConfigSpec
 
-from ...configuration_base import OpenVocabularySegmentationConfig, repair_legacy_token_ids
+from ...configuration_base import OpenVocabularySegmentationConfig, check_positive, repair_legacy_token_ids
 
 MAX_DECODER_LAYERS = 3
 CHANNELS_PER_GROUP = 16
@@ -205,7 +205,9 @@ class SEDConfig(OpenVocabularySegmentationConfig):
         for name in ("class_attention_pooling", "train_class_attention_pooling"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1 (1 = no pooling), got {getattr(self, name)}.")
-        for name in ("rejection_top_k", "class_chunk_size", "crop_batch_size", "num_training_classes"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, or None to switch it off; got {value}.")
+        check_positive(
+            rejection_top_k=self.rejection_top_k,
+            class_chunk_size=self.class_chunk_size,
+            crop_batch_size=self.crop_batch_size,
+            num_training_classes=self.num_training_classes,
+        )
