@@ -315,7 +315,7 @@ class TestCATSeg(ModelTesterMixin, FromCLIPTesterMixin, PipelineTesterMixin):
             ({"class_chunk_size": 0}, "class_chunk_size"),
             ({"crop_batch_size": 0}, "crop_batch_size"),
             ({"class_attention_pooling": 9}, "between 1"),
-            ({"class_attention_pooling": None}, "between 1"),
+            ({"class_attention_pooling": 0}, "between 1"),
         ],
         ids=str,
     )
@@ -323,6 +323,12 @@ class TestCATSeg(ModelTesterMixin, FromCLIPTesterMixin, PipelineTesterMixin):
         model = self.model()
         with pytest.raises(ValueError, match=message):
             model(**self.pictures(), text_embeds=self.text(model), **switches)
+
+    def test_no_pooling_may_be_called_none(self) -> None:
+        model = self.model(class_attention_pooling=2)
+        inputs = {**self.pictures(), "text_embeds": self.text(model)}
+        off = [model(**inputs, class_attention_pooling=value).logits for value in (None, 1)]
+        assert torch.equal(*off) and not torch.equal(off[0], model(**inputs).logits)
 
     def test_refuses_another_number_of_prompts(self) -> None:
         model = self.model()

@@ -375,6 +375,8 @@ class TestSED(ModelTesterMixin, PipelineTesterMixin):
             ({"rejection_top_k": 0}, "rejection_top_k"),
             ({"class_chunk_size": 0}, "class_chunk_size"),
             ({"class_attention_pooling": 5}, "class_attention_pooling"),
+            ({"crop_batch_size": 0}, "crop_batch_size must be at least 1"),
+            ({"crop_batch_size": -1}, "crop_batch_size must be at least 1"),
             ({"output_attentions": True}, "attention"),
         ],
         ids=str,
@@ -383,6 +385,12 @@ class TestSED(ModelTesterMixin, PipelineTesterMixin):
         model = self.model()
         with pytest.raises(ValueError, match=message):
             model(**self.pictures(), text_embeds=self.text(model), **options)
+
+    def test_no_pooling_may_be_called_none(self) -> None:
+        model = self.model(class_attention_pooling=2)
+        inputs = {**self.pictures(), "text_embeds": self.text(model)}
+        off = [model(**inputs, class_attention_pooling=value).logits for value in (None, 1)]
+        assert torch.equal(*off) and not torch.equal(off[0], model(**inputs).logits)
 
     def test_refuses_another_number_of_templates(self) -> None:
         model = self.model()

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import CLIPModel
 
+from ..configuration_base import check_positive
 from .clip_vision import embed_patches, run_block, run_block_with_weights
 
 
@@ -98,8 +99,7 @@ def dense_clip_views(
     output_attentions: bool = False,
 ) -> DenseCLIPFeatures:
     """`dense_clip_features` of many views `[R, 3, H, W]`, `at_once` of them at a time; None: all."""
-    if at_once is not None and at_once < 1:
-        raise ValueError(f"crop_batch_size must be at least 1 or None, got {at_once}.")
+    check_positive(crop_batch_size=at_once)
     parts = [
         dense_clip_features(clip, chunk, skip_layers, residual, output_attentions)
         for chunk in views.split(at_once or len(views))

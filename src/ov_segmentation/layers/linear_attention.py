@@ -183,6 +183,17 @@ def repeated(sums: ClassSums, times: int) -> ClassSums:
     return ClassSums(sums.key_values * times, sums.keys * times)
 
 
+def pooling_side(pooling: int | None, grid: Sequence[int]) -> int:
+    """Side of the pooling in front of a class attention over a map of `grid` positions; None, or 1: no pooling.
+
+    Raises:
+        ValueError: no number of positions, or more than the map has.
+    """
+    if pooling is not None and not 1 <= pooling <= min(grid):
+        raise ValueError(f"class_attention_pooling must be between 1 (none) and {min(grid)}, got {pooling}.")
+    return pooling or 1
+
+
 def pool_positions(features: torch.Tensor, pooling: int) -> torch.Tensor:
     """Average-pooled tokens `[N, (h // pooling) * (w // pooling), C]` of a map `[N, h, w, C]`."""
     if pooling > 1:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from transformers import CLIPConfig
 from transformers import initialization as init
 
+from ...configuration_base import check_positive
 from ...layers.clip_finetuning import set_trained_clip_parameters
 from ...layers.configuration_dense_clip import settings_for_clip
 from ...layers.correlation import correlation, strongest_classes
@@ -19,7 +20,7 @@ from ...layers.dense_views import encode_views
 from ...layers.guided_swin import GuidedSwinPair
 from ...layers.initialization import init_torch_defaults
 from ...layers.labelled_classes import labelled_first
-from ...layers.linear_attention import ClassAttention, ClassSums, add_pooled, pool_positions, repeated
+from ...layers.linear_attention import ClassAttention, ClassSums, add_pooled, pool_positions, pooling_side, repeated
 from ...layers.one_channel import one_channel
 from ...layers.pieces import joined
 from ...layers.projected_skip import ProjectedSkip
@@ -197,16 +198,15 @@ class CATSegForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
         labels: torch.Tensor | None,
         *,
         max_classes: int | None,
-        class_attention_pooling: int,
+        class_attention_pooling: int | None,
         class_chunk_size: int | None,
         sample_seeds: torch.Tensor | None,
         output_hidden_states: bool,
         output_maps: bool,
         **options: Any,
     ) -> OpenVocabularySegmentationOutput:
-        self._check_request(
-            text_embeds, state.dense_features.shape[-2:], max_classes, class_attention_pooling, class_chunk_size
-        )
+        self._check_request(text_embeds, max_classes, class_chunk_size)
+        pooling = pooling_side(class_attention_pooling, state.dense_features.shape[-2:])
         cost = correlation(state.dense_features, text_embeds)
         text = F.relu(self.text_projection(F.normalize(text_embeds.mean(dim=1), dim=-1)))
         kept = None
@@ -226,7 +226,7 @@ class CATSegForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
                     row_cost = row_cost.gather(1, kept[rows][:, :, None, None, None].expand(-1, -1, *cost.shape[2:]))
                     row_text = row_text.gather(1, kept[rows][:, :, None].expand(-1, -1, row_text.shape[-1]))
                 chunks = self._embed(row_cost, row_text, class_chunk_size)
-                logits, of_layers = self._aggregate(chunks, state, rows, class_attention_pooling, output_hidden_states)
+                logits, of_layers = self._aggregate(chunks, state, rows, pooling, output_hidden_states)
                 states.append(of_layers)
                 yield logits
 
@@ -286,24 +286,13 @@ class CATSegForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
             maps = stage(maps, [num_classes] * rows, of_pictures)
         return one_channel(self.head, maps).view(rows, num_classes, *maps.shape[1:3])
 
-    def _check_request(
-        self,
-        text_embeds: torch.Tensor,
-        grid: tuple[int, int],
-        max_classes: int | None,
-        pooling: int,
-        chunk_size: int | None,
-    ) -> None:
+    def _check_request(self, text_embeds: torch.Tensor, max_classes: int | None, chunk_size: int | None) -> None:
         if text_embeds.shape[1] != self.config.num_templates:
             raise ValueError(
                 f"This checkpoint was made for {self.config.num_templates} prompt(s) per class, text_embeds has "
                 f"{text_embeds.shape[1]}: use its own processor, or as many prompt templates."
             )
-        for name, value in (("max_classes", max_classes), ("class_chunk_size", chunk_size)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1 or None, got {value}.")
-        if pooling is None or not 1 <= pooling <= min(grid):
-            raise ValueError(f"class_attention_pooling must be between 1 (none) and {min(grid)}, got {pooling}.")
+        check_positive(max_classes=max_classes, class_chunk_size=chunk_size)
 
 
 def _row_slices(rows: int, num_classes: int, chunk_size: int | None) -> Iterator[slice]:

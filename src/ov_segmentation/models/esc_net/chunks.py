@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from ...configuration_base import check_positive
 from ...layers.correlation import strongest_classes
 from ...layers.pieces import joined
 
@@ -89,9 +90,7 @@ def kept_classes(
 
 def check_limits(training: bool, averages: bool, limits: dict[str, int | None]) -> None:
     """Raise a ValueError if switches are out of range, or do not go with training or with averages over classes."""
-    for name, value in limits.items():
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, or None to switch it off, got {value}.")
+    check_positive(**limits)
     if training and limits["rejection_top_k"] is not None:
         raise ValueError("Early rejection is for inference: pass rejection_top_k=None in training.")
     if averages and (limits["rejection_top_k"] is not None or limits["max_classes"] is not None):

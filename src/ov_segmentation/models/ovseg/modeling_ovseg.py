@@ -15,6 +15,7 @@ from transformers import CLIPConfig, CLIPModel
 from transformers import initialization as init
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
+from ...configuration_base import check_positive
 from ...conversion_maskformer import load_backbone_weights
 from ...layers.cosine_classifier import cosine_logits
 from ...layers.learned_prompts import LearnedPrompt, LearnedPromptMixin, read_learned_prompt
@@ -193,8 +194,7 @@ class OVSegForOpenVocabularySegmentation(LearnedPromptMixin, OpenVocabularySegme
     ) -> OVSegImageState:
         config, state = self.config, OVSegImageState()
         check_ensemble_weight(ensemble_weight)
-        if crop_batch_size is not None and crop_batch_size < 1:
-            raise ValueError(f"crop_batch_size must be at least 1, or None for all at once; got {crop_batch_size}.")
+        check_positive(crop_batch_size=crop_batch_size)
         if sliding_window:
             canvas = (config.canvas_pixels, config.canvas_pixels)
             geometry = (canvas, config.window_pixels, config.window_stride, config.global_view)

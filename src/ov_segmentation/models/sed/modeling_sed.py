@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from transformers import CLIPModel, CLIPTextModelWithProjection, CLIPVisionModel, ConvNextModel
 from transformers import initialization as init
 
+from ...configuration_base import check_positive
 from ...conversion import load_converted
 from ...layers.clip_stem import install_clip_stem
 from ...layers.convnext_clip import ConvNextCLIPModel
@@ -20,6 +21,7 @@ from ...layers.convnext_layers import run_convnext_stage
 from ...layers.correlation import correlation
 from ...layers.dense_clip import dense_clip_features
 from ...layers.initialization import init_torch_defaults
+from ...layers.linear_attention import pooling_side
 from ...layers.picture_stretching import stretch_pictures
 from ...layers.pieces import joined
 from ...layers.sliding_window import cut_views, resize, split_pictures, view_boxes
@@ -218,6 +220,7 @@ class SEDForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
     ) -> SEDImageState:
         if output_attentions:
             raise ValueError("SED has no attention weights to give: its class attention is linear. See output_maps.")
+        check_positive(crop_batch_size=crop_batch_size)
         config = self.config
         boxes, canvas_size = None, None
         if not sliding_window:
@@ -275,13 +278,14 @@ class SEDForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
         labels: torch.Tensor | None,
         *,
         rejection_top_k: int | None,
-        class_attention_pooling: int,
+        class_attention_pooling: int | None,
         class_chunk_size: int | None,
         sample_seeds: torch.Tensor | None,
         output_maps: bool,
         **options: Any,
     ) -> OpenVocabularySegmentationOutput:
-        self._check_request(state, text_embeds, rejection_top_k, class_attention_pooling, class_chunk_size)
+        self._check_request(text_embeds, rejection_top_k, class_chunk_size)
+        pooling = pooling_side(class_attention_pooling, state.dense_features.shape[-2:])
         num_classes, chosen = text_embeds.shape[0], None
         if labels is not None and self.training and (self.config.num_training_classes or num_classes) < num_classes:
             chosen = self._training_classes(labels, num_classes, sample_seeds)
@@ -296,7 +300,7 @@ class SEDForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
                     [guidance[rows] for guidance in state.image_guidance or ()],
                     text_embeds,
                     rejection_top_k,
-                    class_attention_pooling,
+                    pooling,
                     class_chunk_size,
                     wants_auxiliary,
                 )
@@ -348,10 +352,8 @@ class SEDForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
 
     def _check_request(
         self,
-        state: SEDImageState,
         text_embeds: torch.Tensor,
         top_k: int | None,
-        pooling: int,
         chunk_size: int | None,
     ) -> None:
         if text_embeds.shape[1] != self.config.num_templates:
@@ -359,12 +361,7 @@ class SEDForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
                 f"This checkpoint was made for {self.config.num_templates} prompts per class, text_embeds has "
                 f"{text_embeds.shape[1]}: use its own processor, or as many prompt templates."
             )
-        for name, value in (("rejection_top_k", top_k), ("class_chunk_size", chunk_size)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, or None to switch it off; got {value}.")
-        grid = state.dense_features.shape[-2:]
-        if not 1 <= pooling <= min(grid):
-            raise ValueError(f"class_attention_pooling must be between 1 (none) and {min(grid)}, got {pooling}.")
+        check_positive(rejection_top_k=top_k, class_chunk_size=chunk_size)
         if self.training and top_k is not None:
             raise ValueError("Category early rejection is for inference: pass rejection_top_k=None in training.")
 
