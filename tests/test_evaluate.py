@@ -388,6 +388,9 @@ def test_spelling():
     assert report["shared_synonyms"] == {"auto": [3, 4]}
     assert report["edges"] == [6]
     assert usable(["a", " ", "a", ["b", "b", "c"], "d"]) == (["a", ["b", "c"], "d"], [0, 3, 4])
+    same = [["b", "c"], "a", ["c", "b"]]
+    assert check_spelling(same)["duplicates"] == {"b": [0, 2], "c": [0, 2]}
+    assert usable(same) == ([["b", "c"], "a"], [0, 1])
 
 
 def test_vocabulary_command(tmp_path, capsys):

@@ -74,6 +74,7 @@ def test_commas_that_separate_nothing(rule):
         (["a", []], ValueError, "Class 1 is an empty list"),
         (["cat", "dog", "cat", "dog"], ValueError, "'cat', 'dog'"),
         ([["cat", "puss", "puss"]], ValueError, "'puss'"),
+        (["dog", ["cat", "puss"], ["puss", "cat"]], ValueError, "the same names.*: 'cat', 'puss'"),
         (["a", 3], TypeError, "Class 1"),
         ([["a", None]], TypeError, "None"),
         ("a, b", TypeError, "list"),
@@ -93,6 +94,20 @@ def test_names_equal_up_to_case_and_blanks_warn_and_stay():
     with pytest.warns(UserWarning, match="'Car', 'car '; 'traffic  light', 'traffic light'"):
         vocabulary = Vocabulary(names)
     assert vocabulary.labels == names
+
+
+@pytest.mark.parametrize(
+    ("names", "shared"),
+    [
+        (["car", ["automobile", "car"]], "'car' of 'car', 'automobile'"),
+        ([["car", "auto"], "tree", ["auto", "truck"]], "'auto' of 'car', 'auto'"),
+    ],
+)
+def test_names_that_classes_share_warn_and_stay(names, shared):
+    """ADE20K-847's own names, once they are split at their commas, are of this kind."""
+    with pytest.warns(UserWarning, match=f"several classes.*: {shared}\\.") as warned:
+        vocabulary = Vocabulary(names)
+    assert len(warned) == 1 and len(vocabulary) == len(names)
 
 
 @pytest.mark.parametrize("templates", [[], ["a photo"], ["{} and {}"], ["{0}"], [3], "vild_15", "a photo"])

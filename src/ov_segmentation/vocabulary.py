@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence, Set
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -116,7 +116,9 @@ class Vocabulary:
 
     Raises:
         TypeError: names that are not text, or whose order is not defined (a set).
-        ValueError: no class, a blank name, a name given twice. Names that differ only in case or blanks give a warning.
+        ValueError: no class, a blank name, a label or a synonym of one class given twice, two classes with the same
+            names. A name that classes share beside others, and labels that differ only in case or blanks, give a
+            warning.
     """
 
     def __init__(
@@ -272,11 +274,16 @@ def _checked(names: Iterable[str | Sequence[str]]) -> list[list[str]]:
     labels = [synonyms[0] for synonyms in classes]
     if twice := _repeated(labels):
         raise ValueError(f"Class names given more than once: {', '.join(map(repr, twice))}.")
-    alike = defaultdict(list)
-    for label in labels:
-        alike[" ".join(label.casefold().split())].append(label)
-    if pairs := [group for group in alike.values() if len(group) > 1]:
-        shown = "; ".join(", ".join(map(repr, group)) for group in pairs)
+    if alike := _grouped(classes, lambda synonyms: [frozenset(synonyms)]):
+        shown = "; ".join(", ".join(map(repr, group)) for group in alike.values())
+        raise ValueError(f"Classes with the same names, which no model can tell apart: {shown}.")
+    # names that ADE20K's classes share, for example: "bag" is three of them
+    if shared := _grouped(classes, lambda synonyms: synonyms):
+        shown = "; ".join(f"{name!r} of {', '.join(map(repr, group))}" for name, group in [*shared.items()][:5])
+        shown += "; ..." if len(shared) > 5 else ""
+        warnings.warn(f"Names of several classes make these alike to the model: {shown}.", stacklevel=3)
+    if alike := _grouped(classes, lambda synonyms: [" ".join(synonyms[0].casefold().split())]):
+        shown = "; ".join(", ".join(map(repr, group)) for group in alike.values())
         warnings.warn(
             f"Class names that differ only in case or blanks are the same text to the model: {shown}.", stacklevel=3
         )
@@ -293,6 +300,15 @@ def _synonyms(k: int, entry: object) -> list[str]:
     if not synonyms:
         raise ValueError(f"Class {k} is an empty list of synonyms.")
     return synonyms
+
+
+def _grouped(classes: list[list[str]], keys: Callable[[list[str]], Iterable[Hashable]]) -> dict[Hashable, list[str]]:
+    """Labels of the classes by those keys that several of them have."""
+    groups = defaultdict(list)
+    for synonyms in classes:
+        for key in keys(synonyms):
+            groups[key].append(synonyms[0])
+    return {key: group for key, group in groups.items() if len(group) > 1}
 
 
 def _repeated(names: list[str]) -> list[str]:

@@ -19,9 +19,10 @@ def check_spelling(names: Names) -> dict[str, Any]:
     """What needs no model.
 
     Returns:
-        `blank`: ids of classes with a blank name or synonym. `duplicates`: names of several classes or several times
-        in one, with the ids. `same_text`: groups of ids whose labels differ in case or blanks only. `shared_synonyms`:
-        synonyms of several classes, with the ids. `edges`: ids of names with blanks at an end.
+        `blank`: ids of classes with a blank name or synonym. `duplicates`: labels and whole lists of names of several
+        classes, and names several times in one, with the ids. `same_text`: groups of ids whose labels differ in case
+        or blanks only. `shared_synonyms`: synonyms of several classes, with the ids. `edges`: ids of names with blanks
+        at an end.
     """
     classes = [[entry] if isinstance(entry, str) else list(entry) for entry in names]
     places, folded = defaultdict(list), defaultdict(list)
@@ -31,9 +32,13 @@ def check_spelling(names: Names) -> dict[str, Any]:
         if synonyms:
             folded[" ".join(synonyms[0].casefold().split())].append(k)
     labels = Counter(synonyms[0] for synonyms in classes if synonyms)
+    lists = Counter(frozenset(synonyms) for synonyms in classes)
+    equal = {name for synonyms, count in lists.items() if count > 1 for name in synonyms}
     repeated = {name: ids for name, ids in places.items() if len(ids) > 1 and name.strip()}
     within = {name for name, ids in repeated.items() if len(set(ids)) < len(ids)}
-    duplicates = {name: sorted(set(ids)) for name, ids in repeated.items() if labels[name] > 1 or name in within}
+    duplicates = {
+        name: sorted(set(ids)) for name, ids in repeated.items() if labels[name] > 1 or name in within or name in equal
+    }
     return {
         "blank": [
             k for k, synonyms in enumerate(classes) if not synonyms or any(not name.strip() for name in synonyms)
@@ -46,13 +51,16 @@ def check_spelling(names: Names) -> dict[str, Any]:
 
 
 def usable(names: Names) -> tuple[list[str | list[str]], list[int]]:
-    """The classes that can be asked for (no blank name, no label a second time), and their ids in `names`."""
-    kept, ids, labels = [], [], set()
+    """The classes that can be asked for (no blank name, no label or list a second time), and their ids in `names`."""
+    kept, ids, labels, lists = [], [], set(), set()
     for k, entry in enumerate(names):
         synonyms = [entry] if isinstance(entry, str) else [*dict.fromkeys(entry)]
-        if not synonyms or any(not name.strip() for name in synonyms) or synonyms[0] in labels:
+        if not synonyms or any(not name.strip() for name in synonyms):
+            continue
+        if synonyms[0] in labels or frozenset(synonyms) in lists:
             continue
         labels.add(synonyms[0])
+        lists.add(frozenset(synonyms))
         kept.append(synonyms[0] if len(synonyms) == 1 else synonyms)
         ids.append(k)
     return kept, ids
