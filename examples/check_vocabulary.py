@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from transformers import AutoProcessor
 
-from ov_segmentation import AutoModelForOpenVocabularySegmentation, Vocabulary
+from ov_segmentation import Vocabulary
 from ov_segmentation.atomic_files import write_atomically
 from ov_segmentation.evaluation.vocabulary_report import check_vocabulary, markdown
+from ov_segmentation.loading import load_model_and_processor
 from ov_segmentation.vocabulary import BENCHMARKS, split_names
 
 
@@ -45,10 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             if options.training in BENCHMARKS
             else Vocabulary(read_names(options.training))
         )
-        model = AutoModelForOpenVocabularySegmentation.from_pretrained(options.model, dtype=torch.float32).eval()
-        processor = AutoProcessor.from_pretrained(options.model)
+        model, processor = load_model_and_processor(options.model, dtype=torch.float32)
         report = check_vocabulary(names, model, processor, training, options.threshold, options.text_cache)
-    except (ValueError, OSError) as error:
+    except (ValueError, TypeError, OSError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
     document = markdown(report, names)
     print(document)

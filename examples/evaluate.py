@@ -21,9 +21,8 @@ from typing import Any, get_args
 import torch
 from accelerate import Accelerator
 from tqdm import tqdm
-from transformers import AutoProcessor
 
-from ov_segmentation import AutoModelForOpenVocabularySegmentation, Vocabulary, ledger
+from ov_segmentation import Vocabulary, ledger
 from ov_segmentation.cli_options import parse_switches
 from ov_segmentation.data.benchmarks import METHODS, EvaluationProtocol
 from ov_segmentation.data.label_sets import label_sets
@@ -33,6 +32,7 @@ from ov_segmentation.evaluation.report import build_report, summary, write_repor
 from ov_segmentation.evaluation.runner import PLAIN, count_pixels, weights_digest
 from ov_segmentation.evaluation.similarity import label_set_similarity
 from ov_segmentation.evaluation.state import EvaluationError
+from ov_segmentation.loading import load_model_and_processor
 from ov_segmentation.metrics import Averaging
 from ov_segmentation.vocabulary import BENCHMARKS
 
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse(arguments)
     try:
         run(options)
-    except (EvaluationError, ValueError, OSError) as error:
+    except (EvaluationError, ValueError, TypeError, OSError) as error:
         # the message says what to do; a traceback would bury it
         sys.exit(f"{type(error).__name__}: {error}")
 
@@ -80,9 +80,8 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     switches = parse_switches(options.set)
     names = None if options.vocabulary is None else json.loads(options.vocabulary.read_text(encoding="utf-8"))
     accelerator = Accelerator()
-    model = AutoModelForOpenVocabularySegmentation.from_pretrained(options.model, dtype=torch.float32)
-    model = model.to(accelerator.device).eval()
-    processor = AutoProcessor.from_pretrained(options.model)
+    model, processor = load_model_and_processor(options.model, dtype=torch.float32)
+    model = model.to(accelerator.device)
     method = options.protocol or model.config.model_type
     loaded = {}
     for benchmark in options.benchmark:  # all of them first: a wrong folder shall not show after hours

@@ -17,14 +17,13 @@ from pathlib import Path
 
 import torch
 from tqdm import tqdm
-from transformers import AutoConfig, AutoProcessor, CLIPConfig
 
-from ov_segmentation import AutoModelForOpenVocabularySegmentation, ledger
+from ov_segmentation import ledger
 from ov_segmentation.data.datasets import load_segmentation_data
 from ov_segmentation.data.scene_folders import EVALUATION_FOLDER, world_suffix
 from ov_segmentation.data.scene_vocabulary import SceneVocabulary
 from ov_segmentation.evaluation.runner import weights_digest
-from ov_segmentation.models.deop.processing_deop import DeOPProcessor
+from ov_segmentation.loading import load_model_and_processor
 from ov_segmentation.training.scene_evaluation import FLOORS, absent_names, evaluate_scenes, majority_floor
 
 MAJORITY = "majority class"
@@ -46,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     try:
         run(options, sys.argv[1:] if arguments is None else arguments)
-    except (ValueError, OSError) as error:
+    except (ValueError, TypeError, OSError) as error:
         # the message says what to do; a traceback would bury it
         sys.exit(f"{type(error).__name__}: {error}")
 
@@ -58,9 +57,7 @@ def run(options: argparse.Namespace, given: Sequence[str]) -> None:
             f"There is no folder {options.data / EVALUATION_FOLDER}: "
             f"python examples/make_scenes.py --output {options.data} makes it."
         )
-    model = AutoModelForOpenVocabularySegmentation.from_pretrained(options.model, dtype=torch.float32)
-    plain_clip = isinstance(AutoConfig.from_pretrained(options.model), CLIPConfig)
-    processor = DeOPProcessor.from_clip(options.model) if plain_clip else AutoProcessor.from_pretrained(options.model)
+    model, processor = load_model_and_processor(options.model, dtype=torch.float32)
     pictures = load_segmentation_data(options.data / EVALUATION_FOLDER).split("validation", options.max_samples)
     vocabulary = SceneVocabulary.by_name(options.vocabulary)
     distractors = absent_names(vocabulary, options.distractors, options.seed)

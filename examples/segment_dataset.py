@@ -24,14 +24,14 @@ import datasets
 import torch
 from accelerate import PartialState
 from tqdm import tqdm
-from transformers import AutoProcessor
 
-from ov_segmentation import AutoModelForOpenVocabularySegmentation, Vocabulary
+from ov_segmentation import Vocabulary
 from ov_segmentation.bulk.pictures import FolderPictures, Pictures, find_pictures, output_names
 from ov_segmentation.bulk.results import BulkError, LabelMapDataset, LabelMapFolder, Results
 from ov_segmentation.bulk.run import BulkFolder, Segmentation, segment_pictures
 from ov_segmentation.cli_options import add_label_options, parse_switches, vocabulary_of
 from ov_segmentation.evaluation.runner import weights_digest
+from ov_segmentation.loading import load_model_and_processor
 
 SOME_UNREADABLE = 3
 
@@ -58,10 +58,9 @@ def run(options: argparse.Namespace, state: PartialState) -> list[dict[str, str]
         raise BulkError(f"{options.output} lies in {pictures.root}: its label maps would be taken for pictures.")
     results = results_of(options, pictures, vocabulary)
     segmentation = Segmentation(vocabulary, options.background, options.threshold, parse_switches(options.set))
-    model = AutoModelForOpenVocabularySegmentation.from_pretrained(options.model, dtype=options.dtype)
-    model = model.to(state.device).eval()
+    model, processor = load_model_and_processor(options.model, dtype=options.dtype)
     segmentation.check(model)
-    processor = AutoProcessor.from_pretrained(options.model)
+    model = model.to(state.device)
     settings = {
         **segmentation.settings(),
         "model": weights_digest(model),

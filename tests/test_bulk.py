@@ -27,6 +27,7 @@ from tests.tiny import TOKENIZER, tiny_pictures
 
 disable_progress_bars()
 ROOT = Path(__file__).parents[1]
+ASSETS = ROOT / "assets"
 NAMES = ["road", "tree", "sky"]
 
 
@@ -142,6 +143,17 @@ def test_synonyms_and_packaged_vocabularies(model, album, tmp_path):
     assert classes[1]["synonyms"] == ["car", "automobile"]
     segment(model, album, tmp_path / "camvid", "--vocabulary", "camvid_11", "--max-samples", "1", names=None)
     assert len(json.loads((tmp_path / "camvid/classes.json").read_text())["classes"]) == 11
+
+
+def test_a_plain_clip(album, tmp_path):
+    """DeOP segments with it, through the command as in the pipeline."""
+    clip = ASSETS / "clip_vit_scenes"
+    with pytest.warns(UserWarning, match="plain CLIP"):
+        segment(clip, album, tmp_path / "out")
+    with pytest.warns(UserWarning, match="plain CLIP"):
+        (wanted,) = expected_maps(clip, [album / "a.png"])
+    with Image.open(tmp_path / "out/label_maps/a.png") as label_map:
+        np.testing.assert_array_equal(np.array(label_map), wanted)
 
 
 def test_bad_pictures_are_named_and_the_rest_is_done(model, album, tmp_path, capsys):

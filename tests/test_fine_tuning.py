@@ -214,6 +214,7 @@ def test_what_is_trained_is_an_option_of_the_training_command_too(pictures: Path
     [
         (["--trainable", "adaptor"], "model.trainable must be one of 'method', 'adapter', 'prompts'"),
         (["--data", "/nowhere"], "There is no folder"),
+        (["--model", str(ROOT / "assets/clip_vit_scenes")], "from_clip"),
         (["--ledger", "x.jsonl"], "give that too"),
     ],
 )

@@ -17,6 +17,7 @@ from transformers.pipelines import PIPELINE_REGISTRY, Pipeline
 from transformers.utils import logging
 
 from .auto import AutoModelForOpenVocabularySegmentation
+from .loading import processor_for
 from .pipeline_inputs import TIMEOUT, Preparation, Prepared, is_single, prepared_dataset
 from .pushing import PushToHub
 from .vocabulary import Vocabulary, resolve_background, split_names
@@ -58,19 +59,9 @@ class OpenVocabularySegmentationPipeline(PushToHub, Pipeline):
     _load_video_processor = False
 
     def __init__(self, model: Any, processor: Any = None, **kwargs: Any) -> None:
-        from transformers import CLIPProcessor
-
-        from .processing_base import OpenVocabularySegmentationProcessor
-
         if not hasattr(model, "encode_vocabulary"):
             raise TypeError(f"{type(model).__name__} is not a model for {TASK}.")
-        if isinstance(processor, CLIPProcessor) and hasattr(model, "processor_for_clip"):
-            processor = model.processor_for_clip(processor) or processor
-        if not isinstance(processor, OpenVocabularySegmentationProcessor):
-            raise TypeError(
-                f"This pipeline needs a processor with a tokenizer, got {type(processor).__name__}. Pass processor=: "
-                f"the one saved with the model, or <Method>Processor(image_processor, tokenizer) where that has none."
-            )
+        processor = processor_for(model, processor)
         self._tokens = lru_cache(CACHED_VOCABULARIES)(self._tokenize)
         super().__init__(model, processor=processor, **kwargs)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoProcessor, AutoTokenizer
+from transformers import AutoProcessor, AutoTokenizer, PreTrainedConfig
 
 from ..auto import METHODS, AutoModelForOpenVocabularySegmentation, Method, load_class
 from ..data.word_tokenizer import build_word_tokenizer, words_of
@@ -29,6 +29,7 @@ def build_model_and_processor(recipe: Recipe, vocabularies: list[Vocabulary]) ->
     torch.manual_seed(derive_seed(recipe.seed, INITIALISATION))
     if recipe.model.from_pretrained is not None:
         model = _pretrained(recipe.model)
+        check_trained_to_segment(recipe.model.from_pretrained, model.config)
         processor = _pretrained_processor(recipe.model.from_pretrained, recipe.processor)
     else:
         method = find_method(recipe.model.model_type)
@@ -40,6 +41,25 @@ def build_model_and_processor(recipe: Recipe, vocabularies: list[Vocabulary]) ->
     if recipe.model.activation_checkpointing:
         model.activation_checkpointing_enable()
     return model, processor
+
+
+def check_trained_to_segment(source: str, config: PreTrainedConfig) -> None:
+    """Check that a checkpoint has something to train, which a CLIP that DeOP segments with without training has not.
+
+    Args:
+        source: folder or Hub id that the checkpoint is from.
+        config: of the checkpoint.
+
+    Raises:
+        RecipeError: it has not; with what to do.
+    """
+    if config.model_type == "clip" or getattr(config, "proposals", None) == "none":
+        raise RecipeError(
+            f"{source} segments without training (a plain CLIP whose patches are classified): there is no loss to "
+            f"fine-tune it by. Start from a checkpoint that was trained to segment, or train a method around the CLIP, "
+            f"which a recipe for examples/train.py does: model: {{model_type: san, from_clip: ID-OR-FOLDER}} "
+            f"(examples/recipes/)."
+        )
 
 
 def find_method(model_type: str) -> Method:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from transformers import AutoProcessor
+from transformers import AutoConfig, AutoProcessor
 
 from ..auto import AutoModelForOpenVocabularySegmentation
 from ..data.datasets import load_segmentation_data
@@ -16,7 +16,7 @@ from ..download_errors import loading_explained
 from ..evaluation.prediction import evaluate
 from ..metrics import SegmentationScores
 from ..strict_mapping import RecipeError, from_mapping
-from .building import build_model_and_processor
+from .building import build_model_and_processor, check_trained_to_segment
 from .recipe import Recipe
 
 EVALUATION_SPLITS = ("validation", "val", "test")
@@ -61,7 +61,7 @@ def fine_tuning_recipe(
         steps, batch_size, learning_rate, seed, threads, precision: see `Recipe`.
 
     Raises:
-        RecipeError: fewer than two pictures.
+        RecipeError: fewer than two pictures, or a checkpoint that needs no training.
         FileNotFoundError, ValueError: a data set that cannot be used.
     """
     columns = {"image_column": image_column, "annotation_column": annotation_column, "reduce_labels": reduce_labels}
@@ -74,6 +74,7 @@ def fine_tuning_recipe(
     if used < 2:
         raise RecipeError(f"{data} has {used} labelled picture(s) in split {train_split!r}; fine-tuning takes two.")
     with loading_explained(model):
+        check_trained_to_segment(str(model), AutoConfig.from_pretrained(model))
         size = AutoProcessor.from_pretrained(model).image_processor.size
     side = short_side or size.get("shortest_edge") or min(size["height"], size["width"])
     window = {"height": side, "width": side * 4 // 3}
