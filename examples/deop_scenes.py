@@ -26,6 +26,7 @@ from transformers import AutoProcessor
 
 from ov_segmentation import AutoModelForOpenVocabularySegmentation, ledger
 from ov_segmentation.atomic_files import write_atomically
+from ov_segmentation.cli_options import at_least_one
 from ov_segmentation.data.datasets import load_segmentation_data
 from ov_segmentation.data.labelled_pictures import LabelledPictures
 from ov_segmentation.data.scene_folders import EVALUATION_FOLDER
@@ -58,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", required=True, type=Path, help="folder of all runs")
     parser.add_argument("--seed", type=int, default=0, help="of all recipes and of the shuffled names")
     parser.add_argument("--rows", nargs="+", choices=TABLE_3, default=list(TABLE_3), metavar="ROW", help=ROWS_HELP)
-    parser.add_argument("--max-samples", type=int, help="evaluate on only the first so many scenes")
+    parser.add_argument("--max-samples", type=at_least_one, help="evaluate on only the first so many scenes")
     parser.add_argument("--set", action="extend", nargs="+", default=[], metavar="KEY=VALUE", help="for every recipe")
     parser.add_argument("--ledger", type=Path, help="JSON-lines file to append the figures to")
     options = parser.parse_args(arguments)

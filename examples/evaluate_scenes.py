@@ -19,6 +19,7 @@ import torch
 from tqdm import tqdm
 
 from ov_segmentation import ledger
+from ov_segmentation.cli_options import at_least_one
 from ov_segmentation.data.datasets import load_segmentation_data
 from ov_segmentation.data.scene_folders import EVALUATION_FOLDER, world_suffix
 from ov_segmentation.data.scene_vocabulary import SceneVocabulary
@@ -35,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", required=True, help="folder or Hub id of a checkpoint")
     parser.add_argument("--data", required=True, type=Path, help="folder that examples/make_scenes.py wrote")
     parser.add_argument("--vocabulary", choices=("small", "full"), default="small")
-    parser.add_argument("--max-samples", type=int, help="only the first so many scenes")
+    parser.add_argument("--max-samples", type=at_least_one, help="only the first so many scenes")
     parser.add_argument("--seed", type=int, default=0, help="of the training run; also of the shuffled names")
     parser.add_argument("--ledger", type=Path, help="JSON-lines file to append the figures to")
     parser.add_argument("--floors", action="store_true", help="also made-up names, and the majority class")

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from transformers import AutoProcessor
 
 from ov_segmentation import AutoModelForOpenVocabularySegmentation
+from ov_segmentation.cli_options import at_least_one
 from ov_segmentation.data.mining import MiningOptions, PairMiner
 from ov_segmentation.data.mining_run import MiningError, MiningRun, SourcePictures, settings_of
 from ov_segmentation.data.nouns import find_tagger
@@ -106,9 +107,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--class-names", help="of the label maps: a packaged benchmark or a JSON file")
     parser.add_argument("--ignore-index", type=int, nargs="+", help="ids in the label maps that are no class")
     parser.add_argument("--reduce-labels", action="store_true", help="id 0 is ignored and the others lowered by one")
-    parser.add_argument("--max-samples", type=int, help="only the first so many pictures")
-    parser.add_argument("--shard-size", type=int, default=500, help="pictures per file")
-    parser.add_argument("--crop-batch-size", type=int, default=32)
+    parser.add_argument("--max-samples", type=at_least_one, help="only the first so many pictures")
+    parser.add_argument("--shard-size", type=at_least_one, default=500, help="pictures per file")
+    parser.add_argument("--crop-batch-size", type=at_least_one, default=32)
     parser.add_argument("--use-prompts", action="store_true", help="choose with the model's trained visual prompts")
     parser.add_argument("--cpu", action="store_true")
     free = parser.add_argument_group("what the paper leaves open")

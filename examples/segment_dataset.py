@@ -29,7 +29,7 @@ from ov_segmentation import Vocabulary
 from ov_segmentation.bulk.pictures import FolderPictures, Pictures, find_pictures, output_names
 from ov_segmentation.bulk.results import BulkError, LabelMapDataset, LabelMapFolder, Results
 from ov_segmentation.bulk.run import BulkFolder, Segmentation, segment_pictures
-from ov_segmentation.cli_options import add_label_options, parse_switches, vocabulary_of
+from ov_segmentation.cli_options import add_label_options, at_least_one, parse_switches, vocabulary_of
 from ov_segmentation.evaluation.runner import weights_digest
 from ov_segmentation.loading import load_model_and_processor
 
@@ -120,17 +120,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--overlays", action="store_true", help="also pictures with their map laid over, and a legend")
     parser.add_argument("--split", help="of a data set with several")
     parser.add_argument("--image-column", help="of a data set with several columns of pictures")
-    parser.add_argument("--max-samples", type=int, help="only the first so many pictures")
-    parser.add_argument("--shard-size", type=int, default=500, help="pictures per parquet file (default: 500)")
+    parser.add_argument("--max-samples", type=at_least_one, help="only the first so many pictures")
+    parser.add_argument("--shard-size", type=at_least_one, default=500, help="pictures per parquet file (default: 500)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--num-workers", type=int, default=0, help="processes that read pictures, per process")
     parser.add_argument("--resume", choices=("auto", "never"), default="auto", help="never: replace what is there")
     parser.add_argument("--text-cache", help="folder that keeps text embeddings")
     parser.add_argument("--cpu", action="store_true", help="even if there is a GPU")
     options = parser.parse_args(arguments)
-    for name in ("max_samples", "shard_size"):
-        if getattr(options, name) is not None and getattr(options, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(options, name)}.")
     options.dtype = getattr(torch, options.dtype)
     return options
 

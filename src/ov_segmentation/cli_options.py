@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,26 @@ def vocabulary_of(options: argparse.Namespace) -> Vocabulary:
     if not isinstance(names, list):
         raise ValueError(f"{file} must hold a JSON list of class names in index order, got {type(names).__name__}.")
     return Vocabulary(names)
+
+
+def at_least_one(text: str) -> int:
+    """`type=` of an option that counts something."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a number of at least 1, got {text}.")
+    return int(text)
+
+
+def check_switches(model: Any, switches: Iterable[str]) -> None:
+    """Find inference switches that a model does not have before it is run.
+
+    Raises:
+        ValueError: there are some; with those that it has.
+    """
+    known = model.switches | model.picture_switches
+    if unknown := sorted(set(switches) - known):
+        raise ValueError(
+            f"{type(model).__name__} has no switch {', '.join(unknown)}. It has: {', '.join(sorted(known)) or 'none'}."
+        )
 
 
 def parse_switches(entries: Sequence[str]) -> dict[str, Any]:

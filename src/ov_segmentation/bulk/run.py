@@ -16,6 +16,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from torch.utils.data import DataLoader, Dataset
 
 from ..atomic_files import TEMPORARY, remove_leftovers, write_atomically
+from ..cli_options import check_switches
 from ..vocabulary import Vocabulary, resolve_background
 from .pictures import Pictures, upright
 from .results import BulkError, Results, Segmented, write_classes
@@ -46,11 +47,7 @@ class Segmentation:
             ValueError: a background that the vocabulary does not have, or a switch that the model does not have.
         """
         _ = self.background_classes
-        known = model.switches | model.picture_switches
-        if unknown := sorted(set(self.switches) - known):
-            raise ValueError(
-                f"{type(model).__name__} has no switch {', '.join(unknown)}. It has: {', '.join(sorted(known))}."
-            )
+        check_switches(model, self.switches)
 
     @property
     def _background(self) -> Any:
