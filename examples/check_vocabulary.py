@@ -41,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         names = read_names(options.names)
         training = (
-            Vocabulary(Vocabulary.from_benchmark(options.training, "san").synonyms)
+            Vocabulary.from_benchmark(options.training, "san").with_texts(None, None)
             if options.training in BENCHMARKS
             else Vocabulary(read_names(options.training))
         )

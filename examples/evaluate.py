@@ -10,7 +10,6 @@ packaged ones is a data set of yours, whose class names come with it.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import shlex
 import sys
@@ -23,9 +22,10 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from ov_segmentation import Vocabulary, ledger
-from ov_segmentation.cli_options import parse_switches
+from ov_segmentation.cli_options import at_least_one, check_switches, parse_switches
 from ov_segmentation.data.benchmarks import METHODS, EvaluationProtocol
 from ov_segmentation.data.label_sets import label_sets
+from ov_segmentation.evaluation.as_run import as_run
 from ov_segmentation.evaluation.data import load_benchmark, locate
 from ov_segmentation.evaluation.oracle import ORACLES
 from ov_segmentation.evaluation.report import build_report, summary, write_report
@@ -44,7 +44,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--benchmark", required=True, nargs="+", help=f"one or more of {', '.join(BENCHMARKS)}")
     parser.add_argument("--data", required=True, nargs="+", help="FOLDER with one folder per benchmark, or NAME=PLACE")
     parser.add_argument("--output", type=Path, default=Path("runs/evaluation"), help="folder for reports and state")
-    parser.add_argument("--protocol", choices=METHODS, help="whose protocol (default: the model's own method)")
+    parser.add_argument("--protocol", choices=METHODS, help="whose, with its templates (default: the model's method)")
     parser.add_argument("--averaging", choices=get_args(Averaging), help="rule of the headline score")
     parser.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="inference switches, JSON values")
     parser.add_argument("--vocabulary", type=Path, help="JSON list: other names for the benchmark's classes, in order")
@@ -54,7 +54,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--proposal-recall", action="store_true", help="also the share of regions that proposals fit")
     parser.add_argument("--similarity", action="store_true", help="also the distance of the names to COCO-Stuff's")
     parser.add_argument("--streaming", action="store_true", help="read the data set while going")
-    parser.add_argument("--max-samples", type=int, help="only the first so many pictures")
+    parser.add_argument("--max-samples", type=at_least_one, help="only the first so many pictures")
     parser.add_argument("--num-workers", type=int, default=0, help="processes that read pictures, per process")
     parser.add_argument("--resume", choices=("auto", "never"), default="auto", help="never: start anew")
     parser.add_argument("--text-cache", help="folder that keeps text embeddings")
@@ -81,6 +81,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     names = None if options.vocabulary is None else json.loads(options.vocabulary.read_text(encoding="utf-8"))
     accelerator = Accelerator()
     model, processor = load_model_and_processor(options.model, dtype=torch.float32)
+    check_switches(model, switches)
     model = model.to(accelerator.device)
     method = options.protocol or model.config.model_type
     loaded = {}
@@ -98,7 +99,11 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
         loaded[benchmark] = (place, protocol, data)
     reports = []
     for benchmark, (place, protocol, data) in loaded.items():
-        protocol, notes = as_run(protocol, processor.image_processor, options)
+        protocol, notes = as_run(protocol, model, processor, published_templates=options.protocol is not None)
+        if options.vocabulary is not None:
+            notes.append("other names than the published ones")
+        if options.max_samples is not None:
+            notes.append(f"only the first {options.max_samples} pictures")
         folder = options.output / benchmark
         counts = count_pixels(
             model,
@@ -139,24 +144,6 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     return reports
 
 
-def as_run(
-    protocol: EvaluationProtocol, image_processor: Any, options: argparse.Namespace
-) -> tuple[EvaluationProtocol, list[str]]:
-    """The protocol with the resolution that the checkpoint's image processor has, and what is not as published."""
-    size = image_processor.size
-    actual = tuple(size.get(key) for key in ("shortest_edge", "longest_edge") if size.get("shortest_edge"))
-    actual = actual or (size.get("height"), size.get("width"))
-    notes = []
-    if actual not in protocol.sizes:
-        published = " or ".join(f"{short} (at most {long})" for short, long in protocol.sizes)
-        notes.append(f"pictures are resized to {dict(size)}, published: short side {published}")
-    if options.vocabulary is not None:
-        notes.append("other names than the published ones")
-    if options.max_samples is not None:
-        notes.append(f"only the first {options.max_samples} pictures")
-    return dataclasses.replace(protocol, sizes=(actual,)), notes
-
-
 def _bar(title: str, accelerator: Accelerator) -> Any:
     def progress(loader: Iterable, mine: int | None, done: int) -> Iterable:
         note = f"{title} ({done} done before)" if done else title
@@ -168,12 +155,14 @@ def _bar(title: str, accelerator: Accelerator) -> Any:
 def _similarity(
     protocol: EvaluationProtocol, model: Any, processor: Any, options: argparse.Namespace
 ) -> dict[str, float]:
+    asked = protocol.vocabulary
     training = Vocabulary.from_benchmark("coco_stuff_171", protocol.method)
+    training = training.with_texts(asked.templates, asked.comma_rule)
     embeds = [
         model.encode_vocabulary(
             **processor(text=vocabulary, return_tensors="pt").to(model.device), cache_folder=options.text_cache
         )
-        for vocabulary in (protocol.vocabulary, training)
+        for vocabulary in (asked, training)
     ]
     return label_set_similarity(*embeds).figures()
 

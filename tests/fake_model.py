@@ -22,6 +22,7 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from ov_segmentation.auto import MODEL_FOR_OPEN_VOCABULARY_SEGMENTATION_MAPPING as MODELS
 from ov_segmentation.modeling_outputs import OpenVocabularySegmentationOutput
 from ov_segmentation.models.cat_seg.image_processing_cat_seg import CATSegImageProcessor
+from ov_segmentation.models.cat_seg.modeling_cat_seg import CATSegForOpenVocabularySegmentation
 from ov_segmentation.models.cat_seg.processing_cat_seg import CATSegProcessor
 from ov_segmentation.vocabulary import Vocabulary
 from tests.official_trees import HEIGHT
@@ -41,11 +42,13 @@ class FakeModel(PreTrainedModel):
     family = "classes"
     calls = 0
     kill_after: int | None = None
+    # every switch of the protocols it is asked under
+    switches = CATSegForOpenVocabularySegmentation.switches
+    picture_switches = CATSegForOpenVocabularySegmentation.picture_switches
 
     def __init__(self, config: FakeConfig) -> None:
         super().__init__(config)
         self.weight = torch.nn.Parameter(torch.ones(1))
-        self.switches: list[dict[str, Any]] = []
         self.post_init()
 
     @classmethod

@@ -73,6 +73,13 @@ def test_a_picture(whole, picture, tmp_path, capsys):
     assert Image.open(outputs["output"]).height == 40
 
 
+def test_a_packaged_vocabulary_in_the_checkpoints_own_texts(picture, tmp_path, monkeypatch, capsys):
+    """The bundled SED takes one template, the published 80."""
+    monkeypatch.chdir(tmp_path)
+    run(picture, "--vocabulary", "camvid_11", "--model", Path(__file__).parents[1] / "assets/sed_scenes")
+    assert "confidence" in capsys.readouterr().out
+
+
 def test_an_overlay_is_the_default(whole, picture, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     run(picture, "--labels", "road,tree", "--model", whole, "--threshold", "1")

@@ -287,6 +287,10 @@ def test_bad_input_is_named(prepared, tmp_path):
     message = refused(model, [data], tmp_path / "o", "--vocabulary", tmp_path / "names.json")
     assert "the vocabulary has 2 names, but the label maps need 11" in message
     assert "NAME=VALUE" in refused(model, [data], tmp_path / "o", "--set", "class_attention_pooling")
+    # before any data set is looked for
+    assert "FakeModel has no switch foo. It has: class" in refused(model, ["none"], tmp_path / "o", "--set", "foo=1")
+    for number in ("0", "-1", "two"):
+        assert refused(model, [data], tmp_path / "o", "--max-samples", number) == "2"
     assert "There is no split 'test'" in refused(model, [data], tmp_path / "o", "--split", "test")
     assert "no evaluation protocol of 'fake_segmentation'" in refused_without_protocol(model, data, tmp_path / "o")
     assert not (tmp_path / "o").exists()
@@ -327,6 +331,62 @@ def test_own_names_and_own_data(tmp_path):
     both = [data, f"streets={tmp_path / 'data'}"]
     message = refused(model, both, tmp_path / "c", "--split", "train", benchmarks=("streets",))
     assert "There is no split 'train'" in message and not (tmp_path / "c").exists()
+
+
+# ---------------------------------------------------------------------- what the checkpoint decides
+
+
+def scored(model, place, output, *arguments, benchmark="camvid_11"):
+    """The report of a checkpoint under its own method's protocol, or what the arguments say."""
+    data = f"{benchmark}={place.partition('=')[2]}"
+    main(["--model", str(model), "--data", data, "--output", str(output), "--benchmark", benchmark, *arguments])
+    return json.loads((output / benchmark / "report.json").read_text())
+
+
+def save_san(folder, templates=None):
+    importlib.import_module("tests.models.test_san").TestSAN().model().save_pretrained(folder)
+    image_processor = load_class("SANImageProcessor")(size={"shortest_edge": 640, "longest_edge": 2560})
+    load_class("SANProcessor")(image_processor, TOKENIZER, templates).save_pretrained(folder)
+    return folder
+
+
+def test_a_checkpoint_with_templates_of_its_own(tmp_path):
+    _, data = known_errors(tmp_path / "tree")
+    model = save_san(tmp_path / "model", ["one {}.", "a {}"])
+    report = scored(model, data, tmp_path / "own", "--similarity", "--max-samples", "1")
+    assert report["protocol"]["templates"] == ["one {}.", "a {}"]
+    assert "names go into 2 templates of the checkpoint, published: 14 templates" in report["notes"]
+    report = scored(model, data, tmp_path / "published", "--protocol", "san", "--max-samples", "1")
+    assert len(report["protocol"]["templates"]) == 14
+    assert not any("template" in note for note in report["notes"])
+    assert report["protocol_id"] == scored(
+        save_san(tmp_path / "as published"), data, tmp_path / "as", "--max-samples", "1"
+    )["protocol_id"]  # fmt: skip
+
+
+def test_switches_that_a_method_lacks_are_left_out_of_anothers_protocol(tmp_path):
+    _, data = known_errors(tmp_path / "tree")
+    model = save_san(tmp_path / "model")
+    report = scored(model, data, tmp_path / "out", "--protocol", "cat_seg", "--max-samples", "1")
+    assert report["protocol"]["switches"] == {"sliding_window": True}
+    lacks = "SANForOpenVocabularySegmentation has no class_attention_pooling, max_classes"
+    assert f"{lacks}, which cat_seg's protocol sets" in report["notes"]
+
+
+@pytest.mark.parametrize("name", ["sed_scenes", "clip_vit_scenes"])
+@pytest.mark.filterwarnings("ignore:.*is a plain CLIP")
+def test_own_data_is_asked_for_with_the_checkpoints_texts(tmp_path, name):
+    """The bundled SED takes one template, the published 80; a CLIP is segmented with by DeOP, published with none."""
+    _, data = known_errors(tmp_path / "tree")
+    (tmp_path / "tree/data/class_names.json").write_text(json.dumps([f"circle, {k}" for k in range(11)]))
+    arguments = ("--ignore-index", "11", "--max-samples", "1")
+    report = scored(ROOT / "assets" / name, data, tmp_path / "out", *arguments, benchmark="streets")
+    assert len(report["protocol"]["templates"]) == {"sed_scenes": 1, "clip_vit_scenes": 14}[name]
+    assert report["protocol"]["comma_rule"] == {"sed_scenes": "split", "clip_vit_scenes": "keep"}[name]
+    assert not any("template" in note for note in report["notes"])
+    report = scored(ROOT / "assets" / name, data, tmp_path / "sed", *arguments[2:], "--protocol", "sed")
+    kept = "published: 80 templates (the checkpoint takes no other number)"
+    assert any(kept in note for note in report["notes"]) == (name == "sed_scenes")
 
 
 # ---------------------------------------------------------------------- parts

@@ -154,6 +154,16 @@ def test_background_name_needs_labels():
         resolve_background(["wall"], None)
 
 
+def test_other_texts():
+    vocabulary = Vocabulary.from_benchmark("pascal_voc_20b", "cat_seg")
+    own = vocabulary.with_texts(None, None)
+    assert (own.templates, own.comma_rule) == (None, None)
+    assert own.background == vocabulary.background and own.synonyms == vocabulary.synonyms
+    assert own.with_texts(vocabulary.templates, "first") == vocabulary
+    with pytest.raises(ValueError, match="comma rule"):
+        vocabulary.with_texts(None, "some")
+
+
 def test_equal_vocabularies_are_one_key():
     first, second = (Vocabulary(["a", ["b", "c"]], background=["a"]) for _ in range(2))
     assert first == second

@@ -46,7 +46,9 @@ def vocabulary_of(options: argparse.Namespace) -> Vocabulary:
     if options.vocabulary in BENCHMARKS:
         with loading_explained(options.model):
             method = AutoConfig.from_pretrained(options.model).model_type
-        return Vocabulary.from_benchmark(options.vocabulary, "deop" if method == "clip" else method)
+        names = Vocabulary.from_benchmark(options.vocabulary, "deop" if method == "clip" else method)
+        # the checkpoint's own texts: it may have been trained with others than the method's published ones
+        return names.with_texts(None, None)
     file = Path(options.vocabulary)
     if not file.is_file():
         raise FileNotFoundError(

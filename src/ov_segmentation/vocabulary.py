@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 from collections import Counter, defaultdict
@@ -154,6 +155,13 @@ class Vocabulary:
         names = _read(name_list)
         first = _BACKGROUND_FROM.get(benchmark, len(names))
         return cls(names, texts.templates, range(first, len(names)), texts.comma_rule)
+
+    def with_texts(self, templates: str | Iterable[str] | None, comma_rule: str | None) -> Vocabulary:
+        """The same classes with other templates and another comma rule; None: those of the processor."""
+        changed = copy.copy(self)
+        changed.templates = None if templates is None else load_prompt_templates(templates)
+        changed.comma_rule = None if comma_rule is None else _choose("comma rule", comma_rule, COMMA_RULES)
+        return changed
 
     @property
     def prompts(self) -> list[list[list[str]]]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..metrics import Averaging
-from ..vocabulary import BENCHMARKS, PROTOCOLS, Vocabulary, unseen_classes
+from ..vocabulary import BENCHMARKS, Vocabulary, unseen_classes
 from .label_sets import LabelSet, label_set
 
 METHODS = ("san", "ovseg", "deop", "sed", "cat_seg", "esc_net")
@@ -86,7 +86,7 @@ class EvaluationProtocol:
         benchmark, method: whose protocol.
         split: of the data set.
         names: key of the packaged name list, or a digest of names that a user gave.
-        vocabulary: the names themselves, with templates and comma rule.
+        vocabulary: the names themselves, with templates and comma rule (without: those of the checkpoint).
         class_names: the classes of the label maps.
         label_of_class: id in the label maps that stands for each name of the vocabulary.
         ignore_index: ids of the label maps that are not scored.
@@ -202,10 +202,12 @@ def evaluation_protocol(benchmark: str, method: str) -> EvaluationProtocol:
 def own_protocol(
     name: str, method: str, names: Sequence[str | Sequence[str]], ignore_index: Sequence[int], split: str
 ) -> EvaluationProtocol:
-    """A protocol for a user's data set, whose class names come with it: the method's texts, resolution and switches."""
+    """A protocol for a user's data set, whose class names come with it: the method's resolution and switches.
+
+    It has no templates: no published score depends on them, so that they are those of the checkpoint.
+    """
     _check_method(method)
-    texts = PROTOCOLS[method]
-    vocabulary = Vocabulary(names, texts.templates, comma_rule=texts.comma_rule)
+    vocabulary = Vocabulary(names)
     return EvaluationProtocol(
         benchmark=name,
         method=method,
