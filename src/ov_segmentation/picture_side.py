@@ -10,6 +10,7 @@ from transformers.utils import logging
 from .layers.pieces import runs_in_pieces
 from .modeling_outputs import ImageState, join_states
 from .offloading import with_weights_at_hand
+from .tensor_arguments import check_tensors
 
 logger = logging.get_logger(__name__)
 
@@ -149,15 +150,6 @@ class PictureSideMixin:
                     f"{name} shapes the picture side, and this image_state was encoded with another value: give it to "
                     f"encode_image, or leave it out here."
                 )
-
-
-def check_tensors(**given: Any) -> None:
-    """A TypeError for what is not a tensor: a processor gives lists unless it is told otherwise."""
-    for name, value in given.items():
-        if not isinstance(value, torch.Tensor):
-            raise TypeError(
-                f'{name} must be a tensor, got {type(value).__name__}: pass return_tensors="pt" to the processor.'
-            )
 
 
 def _warn_of_padding(reshaped_input_sizes: torch.Tensor, padded_sizes: torch.Tensor) -> None:

@@ -79,7 +79,7 @@ class OpenVocabularySegmentationProcessor(PushToHub, ProcessorMixin):
         """
         # names are padded to the longest and cut to the context in any case: asking for it is no mistake
         for option, usual in (("padding", (True, "longest")), ("truncation", (True, "longest_first"))):
-            if kwargs.get(option) in usual:
+            if text is not None and kwargs.get(option) in usual:
                 del kwargs[option]
         if images is None and text is None:
             raise ValueError("Give images=, text= (the class names), or both.")

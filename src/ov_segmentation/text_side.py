@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from .offloading import with_weights_at_hand
-from .picture_side import check_tensors
 from .precision import is_half_precision
+from .tensor_arguments import check_tensors
 from .text_encoding import TextEmbeddingCache, encode_vocabulary
 
 

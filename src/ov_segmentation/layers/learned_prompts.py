@@ -19,7 +19,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 
-from ..picture_side import check_tensors
+from ..tensor_arguments import check_tensors
 
 CONTEXT = "text_prompt.context"
 
