@@ -22,7 +22,7 @@ from accelerate import Accelerator
 from tqdm import tqdm
 
 from ov_segmentation import Vocabulary, ledger
-from ov_segmentation.cli_options import at_least_one, check_switches, parse_switches
+from ov_segmentation.cli_options import add_column_options, at_least_one, check_switches, columns_of, parse_switches
 from ov_segmentation.data.benchmarks import METHODS, EvaluationProtocol
 from ov_segmentation.data.label_sets import label_sets
 from ov_segmentation.evaluation.as_run import as_run
@@ -50,6 +50,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--vocabulary", type=Path, help="JSON list: other names for the benchmark's classes, in order")
     parser.add_argument("--split", help="default: validation")
     parser.add_argument("--ignore-index", type=int, nargs="+", default=[], help="of a data set of yours")
+    add_column_options(parser)
     parser.add_argument("--oracle", nargs="+", choices=ORACLES, default=[], help="also with perfect masks or names")
     parser.add_argument("--proposal-recall", action="store_true", help="also the share of regions that proposals fit")
     parser.add_argument("--similarity", action="store_true", help="also the distance of the names to COCO-Stuff's")
@@ -94,6 +95,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
             split=options.split,
             streaming=options.streaming,
             ignore_index=options.ignore_index,
+            columns=columns_of(options),
         )
         protocol = protocol.with_changes(averaging=options.averaging, switches=switches, names=names)
         loaded[benchmark] = (place, protocol, data)
@@ -113,6 +115,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
             accelerator,
             folder,
             place=place,
+            columns=columns_of(options),
             oracles=options.oracle,
             proposal_recall=options.proposal_recall,
             streaming=options.streaming,

@@ -21,6 +21,7 @@ from typing import Any
 from transformers import AutoConfig
 
 from ov_segmentation import ledger
+from ov_segmentation.cli_options import add_column_options, columns_of
 from ov_segmentation.metrics import SegmentationScores
 from ov_segmentation.strict_mapping import RecipeError
 from ov_segmentation.training.checkpointing import CheckpointError
@@ -57,9 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", required=True, type=Path, help="the run's folder")
     parser.add_argument("--names", help="JSON file of class names or a packaged benchmark (default: beside the data)")
     parser.add_argument("--ignore-index", type=int, nargs="+", help="pixel values that are no class")
-    parser.add_argument("--image-column", help="of the data set (default: by type and usual names)")
-    parser.add_argument("--annotation-column", help="likewise, of the label maps")
-    parser.add_argument("--reduce-labels", action="store_true", help="id 0 is no class, and the classes begin at 1")
+    add_column_options(parser)
     parser.add_argument(
         "--trainable",
         nargs="+",
@@ -90,9 +89,7 @@ def recipe_of(options: argparse.Namespace) -> Recipe:
         options.data,
         class_names=options.names,
         ignore_index=ignored[0] if ignored and len(ignored) == 1 else ignored,
-        image_column=options.image_column,
-        annotation_column=options.annotation_column,
-        reduce_labels=options.reduce_labels,
+        **columns_of(options),
         trainable=options.trainable[0] if len(options.trainable) == 1 else options.trainable,
         pictures=options.pictures,
         short_side=options.short_side,

@@ -331,6 +331,14 @@ def test_own_names_and_own_data(tmp_path):
     both = [data, f"streets={tmp_path / 'data'}"]
     message = refused(model, both, tmp_path / "c", "--split", "train", benchmarks=("streets",))
     assert "There is no split 'train'" in message and not (tmp_path / "c").exists()
+    assert "leave out reduce_labels" in refused(model, [data], tmp_path / "c", "--reduce-labels")
+    for number, ids in enumerate(maps):  # as ADE20K's files have them
+        from_one = np.where(ids == 11, 0, ids + 1).astype(np.uint8)
+        Image.fromarray(from_one).save(tmp_path / f"data/annotations/validation/{number}.png")
+    street = f"streets={tmp_path / 'data'}"
+    assert_perfect(evaluate(model, [street], tmp_path / "d", "--reduce-labels", benchmarks=("streets",))["streets"])
+    message = refused(model, [street], tmp_path / "d", "--ignore-index", 11, benchmarks=("streets",))
+    assert "another evaluation" in message
 
 
 # ---------------------------------------------------------------------- what the checkpoint decides

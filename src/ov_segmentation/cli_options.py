@@ -63,6 +63,19 @@ def vocabulary_of(options: argparse.Namespace) -> Vocabulary:
     return Vocabulary(names)
 
 
+def add_column_options(parser: argparse.ArgumentParser) -> None:
+    """How a data set of the user's is read, beside `--ignore-index`; `columns_of` takes the answers."""
+    parser.add_argument("--image-column", help="of a data set of yours (default: by type and usual names)")
+    parser.add_argument("--annotation-column", help="likewise, of the label maps")
+    parser.add_argument("--reduce-labels", action="store_true", help="id 0 is no class, and the classes begin at 1")
+
+
+def columns_of(options: argparse.Namespace) -> dict[str, Any]:
+    """Arguments of `load_segmentation_data` that `add_column_options` asked for."""
+    names = ("image_column", "annotation_column", "reduce_labels")
+    return {name: getattr(options, name) for name in names if getattr(options, name)}
+
+
 def at_least_one(text: str) -> int:
     """`type=` of an option that counts something."""
     if not text.isdecimal() or int(text) < 1:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +44,13 @@ def load_benchmark(
     split: str | None = None,
     streaming: bool = False,
     ignore_index: Sequence[int] = (),
+    columns: Mapping[str, Any] | None = None,
 ) -> tuple[EvaluationProtocol, SegmentationData]:
     """The protocol and the data set; a name that is no benchmark is a data set of the user's, with names of its own.
+
+    Args:
+        split, streaming, ignore_index: see [`ov_segmentation.data.datasets.load_segmentation_data`].
+        columns: its arguments `image_column`, `annotation_column` and `reduce_labels`, for a data set of the user's.
 
     Raises:
         EvaluationError: the folder holds another data set.
@@ -53,11 +58,13 @@ def load_benchmark(
         FileNotFoundError: no data set there.
     """
     if benchmark not in BENCHMARKS:
-        data = load_segmentation_data(place, ignore_index=ignore_index, streaming=streaming)
+        data = load_segmentation_data(place, ignore_index=ignore_index, streaming=streaming, **(columns or {}))
         vocabulary = data.vocabulary
         protocol = own_protocol(benchmark, method, vocabulary.synonyms, ignore_index, split or "validation")
         data.require(protocol.split)
         return protocol, data
+    if columns:
+        raise EvaluationError(f"{benchmark} is a benchmark, whose columns are known: leave out {', '.join(columns)}.")
     protocol = evaluation_protocol(benchmark, method)
     card = read_card(Path(place)) if Path(place).is_dir() else None
     if card is not None and card.get("data_set") != benchmark:

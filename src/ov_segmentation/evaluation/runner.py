@@ -57,6 +57,7 @@ def count_pixels(
     folder: Path,
     *,
     place: str,
+    columns: Mapping[str, Any] | None = None,
     oracles: Sequence[Oracle] = (),
     proposal_recall: bool = False,
     streaming: bool = False,
@@ -71,7 +72,7 @@ def count_pixels(
     Args:
         model: in evaluation mode, on the accelerator's device, not wrapped.
         folder: of this evaluation; what it holds of the same one is not done again.
-        place: where the data set came from, to recognise the evaluation by.
+        place, columns: where the data set came from and how it was read, to recognise the evaluation by.
         oracles: also count with perfect masks or perfect names.
         proposal_recall: also count proposals that fit, see `proposals.count_proposals`.
         max_samples: only the first so many pictures.
@@ -98,6 +99,8 @@ def count_pixels(
     }
     if proposal_recall:
         identity["proposal_recall"] = True
+    if columns:
+        identity["columns"] = dict(columns)
     before: dict[int, Record] = {}
     if accelerator.is_main_process:
         if restart:
