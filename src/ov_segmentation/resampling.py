@@ -7,8 +7,6 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from .layers.products import slim_product
-
 Span = tuple[int, int]
 
 
@@ -148,7 +146,7 @@ class Bilinear:
         if self.rows.identity:
             return window
         matrix = self.rows.matrix(rows, window.device)
-        return slim_product(matrix, window.flatten(1)).unflatten(1, window.shape[1:])
+        return (matrix @ window.flatten(1)).unflatten(1, window.shape[1:])
 
     def __call__(self, window: torch.Tensor, rows: Span, columns: Span) -> torch.Tensor:
         """Output rectangle `[rows, columns, C]` from the source rectangle that `window` names."""

@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from .layers.products import slim_product
+from .layers.products import tall_product
 from .resampling import Bilinear, Span
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
@@ -140,7 +140,7 @@ class MaskField:
         if with_total:
             weights = torch.cat([weights, self.total_weights[:, None]], dim=1)
         masks = self.resize(_part(self.logits, self.resize.window(rows, columns)), rows, columns)
-        return slim_product(self.activation(masks), weights)
+        return tall_product(self.activation(masks), weights)
 
 
 class ClassField:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 # below this a call costs more than the product
 LEAST_MULTIPLY_ADDS = 2**21
-LEAST_SLIM_ELEMENTS = 2**16
+LEAST_TALL_ELEMENTS = 2**16
 _PLAIN_TYPES = (torch.Tensor, nn.Parameter)
 _LINEAR = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 _TAKES_BFLOAT16 = _LINEAR is not None and torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -37,11 +37,10 @@ def _multiply(features: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor |
     return _LINEAR(features, weight, bias, "none", [], "")
 
 
-def slim_product(features: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """`features @ weights`, `[..., I]` and `[I, O]` -> `[..., O]`, for few rows, few columns or a small I, of which MKL
-    makes little even where the product is small."""
-    rows, largest = features.shape[:-1].numel(), max(features.numel(), weights.numel())
-    if max(largest, rows * weights.shape[1]) < LEAST_SLIM_ELEMENTS or not (takes(features) and takes(weights)):
+def tall_product(features: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """`features @ weights`, `[..., I]` and `[I, O]` -> `[..., O]`, for many rows and few columns, of which MKL makes
+    little even where the product is small."""
+    if features.numel() < LEAST_TALL_ELEMENTS or not (takes(features) and takes(weights)):
         return features @ weights
     return _multiply(features, weights.t(), None)
 
