@@ -144,8 +144,11 @@ class PictureSideMixin:
             if isinstance(switches[name], str) and switches[name] == FROM_CONFIG:
                 continue
             given, used = switches[name], known[name]
-            tensors = isinstance(given, torch.Tensor) or isinstance(used, torch.Tensor)
-            if given is not used and (tensors or given != used):
+            if isinstance(given, torch.Tensor) or isinstance(used, torch.Tensor):
+                same = given is used
+            else:  # None switches off, as False does
+                same = (given or None) == (used or None)
+            if not same:
                 raise ValueError(
                     f"{name} shapes the picture side, and this image_state was encoded with another value: give it to "
                     f"encode_image, or leave it out here."

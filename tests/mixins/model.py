@@ -398,7 +398,8 @@ class ModelTesterMixin:
             state = model.encode_image(**batch)
             sizes = {name: value for name, value in batch.items() if name.endswith("sizes")}
             model(image_state=state, text_embeds=text, **sizes, sliding_window=False)
-            model(image_state=state, text_embeds=text, sliding_window="config")
+            for same in ("config", None):
+                model(image_state=state, text_embeds=text, sliding_window=same)
             with pytest.raises(ValueError, match="sliding_window shapes the picture side"):
                 model(image_state=state, text_embeds=text, sliding_window=True)
             with pytest.raises(ValueError, match=r"original_sizes is the image_state's own"):
