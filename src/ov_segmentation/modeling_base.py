@@ -209,9 +209,7 @@ class OpenVocabularySegmentationModel(PushToHub, FromCLIPMixin, TextSideMixin, P
             class_embeds,
             labels,
             sample_seeds=sample_seeds,
-            output_hidden_states=output_hidden_states,
-            output_attentions=output_attentions,
-            output_maps=output_maps,
+            **records,
             **{name: resolved[name] for name in self.switches},
         )
         outputs.text_embeds = class_embeds

@@ -101,6 +101,7 @@ LENIENT = {
 
 class TestDeOP(ModelTesterMixin, FromCLIPTesterMixin, PipelineTesterMixin):
     name = "DeOP"
+    has_hidden_states = False
     wrong_values: ClassVar = {"severance": "total", "heatmap_layers": "one", "ignore_as_no_object": "no"}
     clip_values: ClassVar = SMALL
 
@@ -464,6 +465,7 @@ class TestPlainCLIP(ModelTesterMixin):
     """DeOP without training: `proposals="none"`."""
 
     name = "DeOP"
+    has_hidden_states = False
     wrong_values: ClassVar = {"proposals": 3}
 
     def config_values(self) -> dict[str, Any]:

@@ -73,6 +73,7 @@ RESNET = {
 
 class TestOVSeg(ModelTesterMixin, FromCLIPTesterMixin, PipelineTesterMixin):
     name = "OVSeg"
+    has_hidden_states = False
     rounding: ClassVar = 1e-12  # products for the class token alone depend on how a file's weights are aligned
     export_config: ClassVar = {"ensemble_weight": None}  # the number of crops depends on the picture
     wrong_values: ClassVar = {"crop_size": "large", "prompt_type": "text", "mask_fill": "grey", "demo_mode": "yes"}
