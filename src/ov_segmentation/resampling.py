@@ -137,17 +137,11 @@ class Bilinear:
                 extremes.append(reduce(line[index], 1))
         return torch.stack(found[0]), torch.stack(found[1])
 
-    def along_columns(self, window: torch.Tensor, columns: Span) -> torch.Tensor:
-        """`[h, w, C]`, the source rectangle that `window` names, -> `[h, columns, C]`: the first half of a call."""
-        return window if self.columns.identity else self.columns.matrix(columns, window.device) @ window
-
-    def along_rows(self, window: torch.Tensor, rows: Span) -> torch.Tensor:
-        """`[h, columns, C]` -> `[rows, columns, C]`: the second half."""
+    def __call__(self, window: torch.Tensor, rows: Span, columns: Span) -> torch.Tensor:
+        """Output rectangle `[rows, columns, C]` from the source rectangle that `window` names."""
+        if not self.columns.identity:
+            window = self.columns.matrix(columns, window.device) @ window
         if self.rows.identity:
             return window
         matrix = self.rows.matrix(rows, window.device)
         return (matrix @ window.flatten(1)).unflatten(1, window.shape[1:])
-
-    def __call__(self, window: torch.Tensor, rows: Span, columns: Span) -> torch.Tensor:
-        """Output rectangle `[rows, columns, C]` from the source rectangle that `window` names."""
-        return self.along_rows(self.along_columns(window, columns), rows)
