@@ -15,7 +15,6 @@ from unittest import mock
 
 import numpy as np
 import torch
-from torch.nn.functional import normalize
 from transformers import SamConfig
 
 from ov_segmentation import AutoModelForOpenVocabularySegmentation
@@ -223,53 +222,56 @@ def random_text(model: Any, classes: int) -> torch.Tensor:
     prompts = (model.config.num_templates,) if model.keeps_prompts else ()
     generator = torch.Generator().manual_seed(0)
     text = torch.randn(classes, *prompts, model.embedding_size, generator=generator)
-    return normalize(text, dim=-1).to(model.dtype)
+    # in place, here and below: what a process needs at its peak must be the model's
+    return text.div_(text.norm(dim=-1, keepdim=True)).to(model.dtype)
 
 
 def like_trained(outputs: Any) -> Any:
-    """The outputs with masks and class scores as trained models have them, in place of random ones.
+    """The outputs, whose masks and class scores become such as trained models have them, in place of random ones.
 
     Random weights give every query nearly the same mask and classes, so that next to no class could win a pixel and
     label maps cost nothing: here each query has a region of its own, with soft borders, and classes of its own. The
     maps of the per-class family, which hardly differ from each other either, so that every class could win everywhere,
-    get a region for each class.
+    get a region for each class that the model kept.
     """
     if outputs.logits is not None:
-        drawn, kept = regions(outputs.logits, 60.0, 8.0, 12.0), outputs.kept_classes
-        outputs.logits = drawn if kept is None else drawn.where(kept[..., None, None], -100)
+        for row, logits in enumerate(outputs.logits):
+            kept = torch.arange(len(logits)) if outputs.kept_classes is None else outputs.kept_classes[row].nonzero()
+            shape = (kept.numel(), *logits.shape[1:])
+            logits.index_copy_(0, kept.flatten(), drawn_regions(shape, 60.0, 8.0, 12.0, logits.dtype))
         return outputs
     masks, generator = outputs.masks_queries_logits, torch.Generator().manual_seed(0)
     # proposals of a random SAM: there may be none that pass its filters, and then there is nothing to give a region
     if masks is None or masks.shape[1] < 2:
         return outputs
-    outputs.masks_queries_logits = regions(masks, 200.0, 20.0, 20.0)
+    masks.copy_(drawn_regions(tuple(masks.shape[1:]), 200.0, 20.0, 20.0, masks.dtype))
     scores = outputs.class_queries_scores
     peaked = (4 * torch.randn(scores.shape, generator=generator)).softmax(-1)
     outputs.class_queries_scores = peaked.to(scores.dtype)
     return outputs
 
 
-def regions(like: torch.Tensor, slope: float, highest: float, lowest: float) -> torch.Tensor:
-    """Logits `[B, n, h, w]` of n regions that share the picture among them, between `-lowest` and `highest`.
-
-    `slope`: of the logits at a region's border, per side of the picture.
-    """
-    return drawn_regions(tuple(like.shape[1:]), slope, highest, lowest, like.dtype).expand_as(like)
-
-
 @functools.cache  # what is timed must not contain it
 def drawn_regions(
     shape: tuple[int, int, int], slope: float, highest: float, lowest: float, dtype: torch.dtype
 ) -> torch.Tensor:
-    """`regions` of one picture, `[1, n, h, w]`."""
+    """Logits `[n, h, w]` of n regions that share a picture among them, between `-lowest` and `highest`.
+
+    `slope`: of the logits at a region's border, per side of the picture.
+    """
     number, height, width = shape
     rows, columns = (torch.linspace(0, 1, side) for side in (height, width))
     centres = torch.rand(number, 2, generator=torch.Generator().manual_seed(0))
-    distance = (rows[:, None] - centres[:, :1, None]).square() + (columns - centres[:, 1:, None]).square()
-    distance = distance.sqrt_()
-    nearest, second = distance.topk(2, dim=0, largest=False).values
-    others = torch.where(distance > nearest, nearest, second)
-    return (slope * (others - distance)).clamp(-lowest, highest).to(dtype)[None]
+    drawn = (rows[:, None] - centres[:, :1, None]).square() + (columns - centres[:, 1:, None]).square()
+    drawn.sqrt_()
+    nearest, second = torch.full((2, height, width), torch.inf)
+    for distance in drawn:
+        second = torch.minimum(second, torch.maximum(nearest, distance))
+        nearest = torch.minimum(nearest, distance)
+    for distance in drawn:
+        others = torch.where(distance > nearest, nearest, second)
+        distance.copy_(others.sub_(distance).mul_(slope).clamp_(-lowest, highest))
+    return drawn.to(dtype)
 
 
 @contextmanager

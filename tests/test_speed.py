@@ -11,6 +11,7 @@ from benchmarks import growth, measuring, precision, rows, speed, training, trai
 from ov_segmentation import ledger
 from ov_segmentation.layers import attention
 from ov_segmentation.layers.sliding_window import window_offsets
+from ov_segmentation.modeling_outputs import OpenVocabularySegmentationOutput
 from ov_segmentation.models.sed import chunks
 from ov_segmentation.post_processing import post_process_semantic_segmentation
 from ov_segmentation.profiling import ATTENTION, CONVOLUTION, MATRIX_PRODUCT, MultiplyAddCounter
@@ -90,6 +91,15 @@ def test_masks_and_classes_are_like_a_trained_models(small_san):
     assert (inside.sum(1) == 1).all()
     (label_map,) = post_process_semantic_segmentation(outputs)
     assert len(label_map.unique()) > 1
+
+
+def test_kept_classes_share_the_picture_in_place():
+    logits = torch.full((2, 5, 6, 8), -100.0)
+    kept = torch.tensor([[True, False, True, True, False], [False, True, False, False, False]])
+    outputs = OpenVocabularySegmentationOutput(logits=logits, score_function="sigmoid", kept_classes=kept)
+    assert rows.like_trained(outputs).logits is logits
+    assert ((logits > 0).sum(1) == 1).all()
+    assert (logits.amax(dim=(2, 3)) > -100).equal(kept)
 
 
 def test_a_row_goes_from_pixels_to_the_label_map(small_san):

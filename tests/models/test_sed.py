@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -325,6 +326,26 @@ class TestSED(ModelTesterMixin, PipelineTesterMixin):
         assert sum(sizes) == 3 * 847
 
     # ------------------------------------------------------------------ pictures
+
+    @torch.no_grad()
+    def test_maps_of_encoded_views_are_kept_only_if_asked_for(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        model = self.model()
+        made: list[weakref.ref[torch.Tensor]] = []
+        alive: list[int] = []
+        run_stage = model._run_stage
+
+        def counted(stage: torch.nn.Module, features: torch.Tensor) -> torch.Tensor:
+            if stage is model.vision_model.encoder.stages[0]:
+                alive.append(sum(one() is not None for one in made))
+            made.append(weakref.ref(result := run_stage(stage, features)))
+            return result
+
+        monkeypatch.setattr(model, "_run_stage", counted)
+        views = {"sliding_window": True, "crop_batch_size": 1}
+        model.encode_image(**self.pictures(), **views)
+        assert alive == [0] * 5
+        state = model.encode_image(**self.pictures(), **views, output_hidden_states=True)
+        assert [len(maps) for maps in state.hidden_states] == [5] * 5
 
     @torch.no_grad()
     def test_padding_and_small_pictures(self) -> None:

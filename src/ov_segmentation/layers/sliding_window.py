@@ -8,6 +8,7 @@ The model sees every view as a picture of its own (row b * V + v); post-processi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -95,6 +96,13 @@ def each_view(
             yield canvas[..., y0:y1, x0:x1]
         if global_view:
             yield resize(picture, (window, window))
+
+
+def view_batches(views: Iterable[torch.Tensor], at_once: int | None) -> Iterator[torch.Tensor]:
+    """Views `[1, 3, h, w]` that come one after the other, joined `at_once` of them at a time; None: all."""
+    views = iter(views)
+    while some := list(islice(views, at_once)):
+        yield torch.cat(some)
 
 
 def encode_each(encode: Callable[..., ImageState], views: Iterable[torch.Tensor], **options: Any) -> ImageState:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ from ...layers.initialization import init_torch_defaults
 from ...layers.linear_attention import pooling_side
 from ...layers.picture_stretching import stretch_pictures
 from ...layers.pieces import joined
-from ...layers.sliding_window import cut_views, resize, split_pictures, view_boxes
+from ...layers.sliding_window import each_view, resize, split_pictures, view_batches, view_boxes
 from ...layers.sub_models import build_sub_model
 from ...losses_per_class import per_class_cross_entropy
 from ...modeling_base import OpenVocabularySegmentationModel
@@ -216,7 +216,7 @@ class SEDForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
         crop_batch_size: int | None,
         output_hidden_states: bool = False,
         output_attentions: bool = False,
-        **inputs: Any,
+        **unused: Any,
     ) -> SEDImageState:
         if output_attentions:
             raise ValueError("SED has no attention weights to give: its class attention is linear. See output_maps.")
@@ -224,14 +224,15 @@ class SEDForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
         config = self.config
         boxes, canvas_size = None, None
         if not sliding_window:
-            views = stretch_pictures(pixel_values, reshaped_input_sizes, config.input_size)
+            inputs = stretch_pictures(pixel_values, reshaped_input_sizes, config.input_size)
+            batches: Iterable[torch.Tensor] = inputs.split(crop_batch_size or len(inputs))
         else:
             canvas_size = (config.canvas_size[0], config.canvas_size[1])
             windows = (config.window_pixels, config.window_stride, config.global_view)
             boxes = view_boxes(canvas_size, *windows)
-            pictures = split_pictures(pixel_values, reshaped_input_sizes)
-            views = resize(cut_views(pictures, canvas_size, *windows), config.input_size)
-        parts = [self._encode_views(chunk) for chunk in views.split(crop_batch_size or len(views))]
+            views = each_view(split_pictures(pixel_values, reshaped_input_sizes), canvas_size, *windows)
+            batches = (resize(some, config.input_size) for some in view_batches(views, crop_batch_size))
+        parts = [self._encode_views(some, output_hidden_states) for some in batches]
         dense = torch.cat([dense for dense, _, _ in parts])
         guidance = tuple(torch.cat(maps) for maps in zip(*(maps for _, maps, _ in parts), strict=True))
         state = SEDImageState(
@@ -241,19 +242,26 @@ class SEDForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
             state.hidden_states = tuple(torch.cat(maps) for maps in zip(*(maps for _, _, maps in parts), strict=True))
         return state
 
-    def _encode_views(self, views: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor], tuple[torch.Tensor, ...]]:
-        """Dense features, image guidance and the encoder's maps of `views` `[R, 3, height, width]`."""
+    def _encode_views(
+        self, views: torch.Tensor, keep_maps: bool
+    ) -> tuple[torch.Tensor, list[torch.Tensor], tuple[torch.Tensor, ...]]:
+        """Dense features, image guidance and, with `keep_maps`, the encoder's maps of `views` `[R, 3, height, width]`;
+        they are larger than all the rest of many views."""
         if self.config.has_plain_encoder:
             skip_layers = self.config.skip_layers if self.config.fuses_features else ()
             dense, sources, _ = dense_clip_features(self, views, skip_layers, residual="token")
             sizes = [(dense.shape[-2] << level, dense.shape[-1] << level) for level in range(1, len(sources) + 1)]
-            return dense, self._guide([resize(m, size) for m, size in zip(sources, sizes)]), sources
+            return (
+                dense,
+                self._guide([resize(m, size) for m, size in zip(sources, sizes)]),
+                sources if keep_maps else (),
+            )
         maps = [self.vision_model.embeddings(views.contiguous(memory_format=torch.channels_last))]
         for stage in self.vision_model.encoder.stages:
             maps.append(self._run_stage(stage, maps[-1]))
         # every position of the last map is an image of its own for CLIP's head
         dense = self.visual_projection(self.vision_model.layernorm(maps[-1].permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
-        return dense, self._guide(maps[-2:0:-1]), tuple(maps)
+        return dense, self._guide(maps[-2:0:-1]), tuple(maps) if keep_maps else ()
 
     def _run_stage(self, stage: nn.Module, features: torch.Tensor) -> torch.Tensor:
         if not self.training:
