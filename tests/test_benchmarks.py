@@ -94,6 +94,20 @@ def test_reported_scores():
     assert all(s.benchmark in BENCHMARKS and s.source and 0 < s.miou < 100 for s in paper_scores())
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"switches": {"sliding_window": False}},
+        {"switches": {"class_attention_pooling": 2}},
+        {"split": "train"},
+    ],
+)
+def test_no_score_is_reported_for_another_evaluation(changes):
+    protocol = evaluation_protocol("ade20k_150", "cat_seg")
+    assert [score.miou for score in protocol.with_changes(**changes).reported_scores()] == []
+    assert [score.miou for score in protocol.with_changes(switches=protocol.switches).reported_scores()] == [31.8, 37.9]
+
+
 def test_bad_names_are_errors():
     with pytest.raises(ValueError, match="no benchmark 'ade'"):
         evaluation_protocol("ade", "san")

@@ -52,6 +52,7 @@ _BENCHMARK_SWITCHES: dict[tuple[str, str], dict[str, Any]] = {
     ("pascal_context_459", "ovseg"): {"ensemble_weight": 0.6},
     ("pascal_voc_20", "ovseg"): {"ensemble_weight": 0.45},  # the commands' number; the paper's appendix says 0.6
 }
+_SPLIT = "validation"  # of every published score
 _ZERO_SHOT = ("coco_stuff_171", "pascal_voc_20")
 # the names behind the 20 of VOC all stand for its background, class 20 of the label maps
 _FOLDED_FROM = {"pascal_voc_20b": 20}
@@ -138,12 +139,20 @@ class EvaluationProtocol:
         return f"{self.benchmark}/{self.method}/{digest[:8]}"
 
     def reported_scores(self) -> list[ReportedScore]:
-        """The method's published scores on this benchmark that were measured with these switches."""
+        """The method's published scores on this benchmark that were measured on this split with these switches.
+
+        A switch of the published evaluation that is not among these (`evaluation.as_run` leaves out what a model has
+        not) counts as unchanged.
+        """
+        if self.split != _SPLIT:
+            return []
+        published = _published_switches(self.benchmark, self.method)
+        unchanged = {key: value for key, value in published.items() if key in self.switches}
         return [
             score
             for score in paper_scores()
             if (score.method, score.benchmark) == (self.method, self.benchmark)
-            and all(self.switches.get(key) == value for key, value in score.settings.items())
+            and all(self.switches.get(key) == value for key, value in {**unchanged, **score.settings}.items())
         ]
 
     def with_changes(
@@ -183,7 +192,7 @@ def evaluation_protocol(benchmark: str, method: str) -> EvaluationProtocol:
     return EvaluationProtocol(
         benchmark=benchmark,
         method=method,
-        split="validation",
+        split=_SPLIT,
         names=BENCHMARKS[benchmark][method],
         # a fold is done after the argmax, not by post-processing
         vocabulary=Vocabulary(vocabulary.synonyms, vocabulary.templates, comma_rule=vocabulary.comma_rule),
@@ -194,7 +203,7 @@ def evaluation_protocol(benchmark: str, method: str) -> EvaluationProtocol:
         annotation_short_side=_ANNOTATION_SHORT_SIDE.get((benchmark, method)),
         sizes=_SIZES[method],
         averaging=_AVERAGING[method],
-        switches={**_SWITCHES[method], **_BENCHMARK_SWITCHES.get((benchmark, method), {})},
+        switches=_published_switches(benchmark, method),
         seen=None if unseen is None else tuple(k for k in range(len(labels.class_names)) if k not in unseen),
     )
 
@@ -236,6 +245,10 @@ def paper_scores() -> tuple[ReportedScore, ...]:
 def _check_method(method: str) -> None:
     if method not in METHODS:
         raise ValueError(f"There is no evaluation protocol of {method!r}. There are those of: {', '.join(METHODS)}.")
+
+
+def _published_switches(benchmark: str, method: str) -> dict[str, Any]:
+    return {**_SWITCHES[method], **_BENCHMARK_SWITCHES.get((benchmark, method), {})}
 
 
 def _label_of_class(benchmark: str, vocabulary: Vocabulary, labels: LabelSet) -> tuple[int, ...]:
