@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 from .auto import METHODS, Method, load_class
 from .conversion import ConversionError, StateDict, read_checkpoint
+from .conversion_cli import narrowed
 from .download_errors import loading_explained
 from .layers.clip_stem import load_clip
 
@@ -249,7 +250,8 @@ def _examine_original(report: CheckpointReport, file: Path) -> None:
         rules = _rules(method)
         variants = _variants_with_these_keys(rules, weights) if rules else []
         similar += [method] if variants else []
-        fitting += [(method, name) for name in variants if _converts(rules, file, name)]
+        variants = [name for name in variants if _converts(rules, file, name)]
+        fitting += [(method, name) for name in narrowed(rules, file, variants)]
     for method, name in fitting:
         report.add("method", f"{method.name}, as its authors saved it")
         report.add("variant", name)

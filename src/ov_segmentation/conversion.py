@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import pickle
 import re
+import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -195,11 +196,12 @@ class KeyRules:
         return target
 
 
-def load_converted(model: nn.Module, weights: StateDict, partial: bool = False) -> None:
+def load_converted(model: nn.Module, weights: StateDict, later_parts: str | None = None) -> None:
     """Fill `model` with converted weights.
 
     Args:
-        partial: whether parameters may be left as they were initialised.
+        later_parts: a regular expression of keys that may be left as they were initialised; a warning names their
+            parts. None: every key must be filled.
 
     Raises:
         ConversionError: keys left over or not filled, or shapes that differ.
@@ -219,9 +221,17 @@ def load_converted(model: nn.Module, weights: StateDict, partial: bool = False) 
             f"variant?",
             wrong,
         )
-    empty = [key for key in wanted if key not in weights]
-    if empty and not partial:
+    unset = [key for key in wanted if key not in weights]
+    later = [key for key in unset if later_parts is not None and re.match(later_parts, key)]
+    if empty := [key for key in unset if key not in later]:
         raise ConversionError(f"The checkpoint leaves {len(empty)} of {len(wanted)} weights of the model unset:", empty)
+    if later:
+        parts = ", ".join(sorted({key.partition(".")[0] for key in later}))
+        warnings.warn(
+            f"The checkpoint is of an earlier training stage and holds nothing of {parts}: left as initialised, still "
+            f"to be trained.",
+            stacklevel=3,
+        )
     model.load_state_dict(weights, strict=False)
 
 

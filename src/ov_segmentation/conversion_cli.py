@@ -89,6 +89,7 @@ def find_variant(rules: ModuleType, checkpoint: Path, clip_checkpoint: Path | No
             failures.append(f"{name}: {' '.join(line.strip() for line in str(error).splitlines()[:2])}")
         else:
             fitting.append(name)
+    fitting = narrowed(rules, checkpoint, fitting)
     if len(fitting) != 1:
         raise ConversionError(
             f"{checkpoint} fits {len(fitting) or 'none of the'} releases: name one with --variant, or give its size "
@@ -96,6 +97,12 @@ def find_variant(rules: ModuleType, checkpoint: Path, clip_checkpoint: Path | No
             fitting or failures,
         )
     return fitting[0]
+
+
+def narrowed(rules: ModuleType, checkpoint: Path, fitting: list[str]) -> list[str]:
+    """Of several releases that a checkpoint fits, the one that its rules' `preferred_variant`, if any, names."""
+    prefer = getattr(rules, "preferred_variant", None)
+    return fitting if prefer is None or len(fitting) < 2 else [prefer(checkpoint)]
 
 
 def _tokenizer(given: str | None, default: str) -> Any | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,10 +13,12 @@ import torch
 from huggingface_hub.errors import StrictDataclassClassValidationError
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPProcessor, SamConfig, SamModel, pipeline
 
-from ov_segmentation import AutoModelForOpenVocabularySegmentation
+from ov_segmentation import AutoModelForOpenVocabularySegmentation, conversion_cli
+from ov_segmentation.checkpoint_report import examine
 from ov_segmentation.conversion import ConversionError
 from ov_segmentation.layers.sam_masks import FAR_OUTSIDE
 from ov_segmentation.layers.severance import severed_block
+from ov_segmentation.models.deop import convert_deop
 from ov_segmentation.models.deop.configuration_deop import DeOPConfig
 from ov_segmentation.models.deop.convert_deop import VARIANTS
 from ov_segmentation.models.deop.image_processing_deop import DeOPImageProcessor
@@ -24,7 +27,7 @@ from ov_segmentation.models.deop.plain_clip import TRAINING_FREE
 from ov_segmentation.models.deop.processing_deop import DeOPProcessor
 from ov_segmentation.models.deop.severed_clip import VisualPrompts, severed_clip_tokens
 from ov_segmentation.pipeline import TASK
-from tests.mixins.conversion import ConversionTesterMixin
+from tests.mixins.conversion import FIXTURES, ConversionTesterMixin
 from tests.mixins.model import FromCLIPTesterMixin, ModelTesterMixin
 from tests.mixins.pipeline import NAMES, PipelineTesterMixin, block_pictures
 from tests.tiny import TOKENIZER, tiny_clip_config
@@ -684,3 +687,32 @@ class TestDeOPConversion(ConversionTesterMixin):
         ("coco156_r101c_vitb16", "voc15_r101c_vitb16", "stage2_proposal_coco156", "stage1_prompt_coco156"),
     )
     partial_variants = ("stage2_proposal_coco156", "stage1_prompt_coco156")
+
+    def released(self, variant: str) -> dict[str, torch.Tensor]:
+        """Every key of a file of the authors', with its shape; the values take no memory."""
+        keys = json.loads((FIXTURES / self.method / f"keys_full_{variant}.json").read_text())
+        return {key: torch.zeros(()).expand(shape) for key, (shape, _) in keys.items()}
+
+    @pytest.mark.parametrize("variant", ["coco156_r101c_vitb16", "stage2_proposal_coco156", "stage1_prompt_coco156"])
+    def test_the_release_is_found_by_its_keys(self, tmp_path: Path, variant: str) -> None:
+        file = self.saved(self.released(variant), tmp_path / "model_final.pth")
+        assert conversion_cli.find_variant(convert_deop, file) == variant
+
+    def test_the_report_names_one_variant(self, tmp_path: Path) -> None:
+        file = self.saved(self.released("coco156_r101c_vitb16"), tmp_path / "model_final.pth")
+        assert [fact for fact in examine(file).facts if fact[0] == "variant"] == [("variant", "coco156_r101c_vitb16")]
+
+    @pytest.mark.parametrize(
+        ("variant", "lost"),
+        [("coco156_r101c_vitb16", "query_embedding.weight"), ("stage2_proposal_coco156", "sem_seg_head")],
+    )
+    def test_what_a_stage_trains_must_be_whole(self, tmp_path: Path, variant: str, lost: str) -> None:
+        kept = {key: value for key, value in self.released(variant).items() if not key.startswith(lost)}
+        file = self.saved(kept, tmp_path / "damaged.pth")
+        with torch.device("meta"), pytest.raises(ConversionError, match="unset"):
+            convert_deop.convert(file, convert_deop.VARIANTS[variant]())
+
+    def test_what_later_stages_train_is_said_to_be_missing(self, tmp_path: Path) -> None:
+        file = self.saved(self.released("stage2_proposal_coco156"), tmp_path / "stage2.pth")
+        with torch.device("meta"), pytest.warns(UserWarning, match="nothing of heatmap_decoder, visual_prompts: left"):
+            convert_deop.convert(file, convert_deop.VARIANTS["stage2_proposal_coco156"]())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import re
+import warnings
 from pathlib import Path
 
 import pytest
@@ -335,7 +336,9 @@ class PromptCase(Case):
 
     def __init__(self, folder: Path) -> None:
         super().__init__("deop", folder)
-        self.model = convert(self.checkpoint, self.config).eval()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="The checkpoint is of an earlier training stage")
+            self.model = convert(self.checkpoint, self.config).eval()
 
     @property
     def labels(self) -> torch.Tensor:

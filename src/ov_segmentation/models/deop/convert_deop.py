@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -40,8 +41,8 @@ VARIANTS = {
     "stage2_proposal_coco156": stage2_proposal_coco156,
     "stage1_prompt_coco156": stage1_prompt_coco156,
 }
-# checkpoints of earlier stages hold no anchors: what they leave out stays initialised
-FIRST_ANCHOR_KEY = "query_embedding.weight"
+# our keys that the third stage adds, and the second
+_ANCHORS, _PROPOSALS = r"(heatmap_decoder|visual_prompts)\.", r"(proposal_network\.|no_object_embedding$)"
 
 
 def key_rules(config: DeOPConfig) -> KeyRules:
@@ -86,11 +87,31 @@ def convert(
         clip_checkpoint: must be None: DeOP's checkpoints hold all of CLIP.
 
     Raises:
-        ConversionError: see `conversion`.
+        ConversionError: see `conversion`; a part that its stage trains is incomplete.
     """
     if clip_checkpoint is not None:
         raise ValueError("DeOP's checkpoints hold CLIP themselves: there is no use for a clip_checkpoint.")
-    source = read_checkpoint(Path(checkpoint))
+    weights = key_rules(config).convert(read_checkpoint(Path(checkpoint)))
     model = DeOPForOpenVocabularySegmentation(config)
-    load_converted(model, key_rules(config).convert(source), partial=FIRST_ANCHOR_KEY not in source)
+    load_converted(model, weights, _later_parts(weights))
     return model
+
+
+def preferred_variant(checkpoint: str | os.PathLike) -> str:
+    """The variant of a checkpoint's training stage, as their shapes are all the same; of the third, what was released.
+
+    Raises:
+        ConversionError: see `conversion`.
+    """
+    mapped = map_keys(read_checkpoint(checkpoint), DeOPConfig()).values()
+    later = _later_parts(key for targets in mapped if not isinstance(targets, str) for key in targets)
+    stages = {None: "coco156_r101c_vitb16", _ANCHORS: "stage2_proposal_coco156"}
+    return stages.get(later, "stage1_prompt_coco156")
+
+
+def _later_parts(keys: Iterable[str]) -> str | None:
+    """A regular expression of our keys that only training stages after that of a checkpoint with `keys` fill."""
+    keys = list(keys)
+    if any(re.match(_ANCHORS, key) for key in keys):
+        return None
+    return _ANCHORS if any(re.match(_PROPOSALS, key) for key in keys) else f"{_ANCHORS}|{_PROPOSALS}"
