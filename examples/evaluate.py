@@ -155,6 +155,7 @@ def _bar(title: str, accelerator: Accelerator) -> Any:
     return progress
 
 
+@torch.no_grad()
 def _similarity(
     protocol: EvaluationProtocol, model: Any, processor: Any, options: argparse.Namespace
 ) -> dict[str, float]:

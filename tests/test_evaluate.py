@@ -397,6 +397,16 @@ def test_own_data_is_asked_for_with_the_checkpoints_texts(tmp_path, name):
     assert any(kept in note for note in report["notes"]) == (name == "sed_scenes")
 
 
+def test_texts_of_a_trained_text_side_are_cached(tmp_path):
+    """With gradients they would not be, and the names' graph would stay in memory for the whole evaluation."""
+    _, data = known_errors(tmp_path / "tree")
+    arguments = ("--max-samples", "1", "--text-cache", str(tmp_path / "texts"))
+    scored(ROOT / "assets/cat_seg_scenes", data, tmp_path / "out", *arguments)
+    assert len(list((tmp_path / "texts").iterdir())) == 1
+    scored(ROOT / "assets/cat_seg_scenes", data, tmp_path / "similarity", *arguments, "--similarity")
+    assert len(list((tmp_path / "texts").iterdir())) == 2
+
+
 # ---------------------------------------------------------------------- parts
 
 

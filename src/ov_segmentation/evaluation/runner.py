@@ -48,6 +48,7 @@ def weights_digest(model: Any) -> str:
     return hash_tensors(tensor for _, tensor in sorted(model.state_dict().items()))[:16]
 
 
+@torch.no_grad()
 def count_pixels(
     model: Any,
     processor: Any,
