@@ -492,11 +492,8 @@ class TestOVSegConversion(ConversionTesterMixin):
         """As open_clip's training writes it: `module.` in front of the names, and states of other things."""
         prefix = "clip_adapter.clip_model."
         clip = {key.removeprefix(prefix): value for key, value in self.weights().items() if key.startswith(prefix)}
-        tuned = {
-            **clip,
-            "visual.proj": clip["visual.proj"] + 1,
-            "visual.mask_embedding": clip["visual.mask_embedding"] * 2,
-        }
+        prompts = clip.pop("visual.mask_embedding")
+        tuned = {**clip, "visual.proj": clip["visual.proj"] + 1, "visual.mask_embedding": prompts * 2}
         content = {
             "epoch": 5,
             "name": "mpt",
@@ -509,6 +506,10 @@ class TestOVSegConversion(ConversionTesterMixin):
         torch.testing.assert_close(joined.visual_prompts.embedding, 2 * plain.visual_prompts.embedding)
         changed = [n for n, value in joined.state_dict().items() if not torch.equal(value, plain.state_dict()[n])]
         assert len(changed) == 2
+        with pytest.warns(UserWarning, match="holds no mask prompts"):  # fine-tuned only: as in the original, none
+            tuned_alone = self.rules.convert(self.checkpoint, self.config(), self.saved(clip, tmp_path / "ft.pt"))
+        assert tuned_alone.visual_prompts is None
+        assert (tuned_alone.config.prompt_type, self.config().prompt_type) == ("none", "mask")
         more = self.saved({"state_dict": {**tuned, "something": torch.zeros(1)}}, tmp_path / "more.pt")
         with pytest.raises(ConversionError, match="something"):
             self.rules.convert(self.checkpoint, self.config(), more)

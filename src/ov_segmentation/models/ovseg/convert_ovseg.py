@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -90,7 +92,8 @@ def convert(
         checkpoint: a release, or a MaskFormer trained with the original code.
         config: of its size, see `VARIANTS`.
         clip_checkpoint: an adapted CLIP (open_clip's training checkpoint): its weights, mask prompts among them,
-            replace those in `checkpoint`.
+            replace those in `checkpoint`. Without mask prompts (fine-tuned only) the model has none, with a warning:
+            those in `checkpoint` are of another CLIP, or were never trained.
 
     Raises:
         ConversionError: see `conversion`.
@@ -99,10 +102,25 @@ def convert(
     map_keys(source, config)
     weights = key_rules(config).convert(source)
     if clip_checkpoint is not None:
-        weights.update(convert_adapted_clip(read_checkpoint(clip_checkpoint)))
+        adapted = convert_adapted_clip(read_checkpoint(clip_checkpoint))
+        if MASK_PROMPTS not in adapted:
+            weights.pop(MASK_PROMPTS, None)
+            config = _without_mask_prompts(config, clip_checkpoint)
+        weights.update(adapted)
     model = OVSegForOpenVocabularySegmentation(config)
     load_converted(model, weights)
     return model
+
+
+def _without_mask_prompts(config: OVSegConfig, clip_checkpoint: str | os.PathLike) -> OVSegConfig:
+    if config.prompt_type != "mask":
+        return config
+    warnings.warn(
+        f'{clip_checkpoint} holds no mask prompts: the model is made without them (prompt_type="none").', stacklevel=3
+    )
+    config = copy.deepcopy(config)
+    config.prompt_type = "none"
+    return config
 
 
 def convert_adapted_clip(source: StateDict) -> StateDict:
