@@ -51,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             loading = {name: getattr(options, name) for name in ("class_names", "ignore_index", "reduce_labels")}
         columns = {"caption_column": options.caption_column, "image_column": options.image_column}
         pictures = SourcePictures(options.data, options.split, mining, **columns, **loading)
+        columns["caption_column"] = options.caption_column or pictures.caption_column or "caption"
         name, tagger = find_tagger(options.tagger) if mining.nouns == "caption" else (None, None)
         num_pictures = len(pictures) if options.max_samples is None else min(options.max_samples, len(pictures))
         settings = settings_of(
@@ -102,7 +103,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--nouns", choices=("caption", "classes"), default="caption")
     parser.add_argument("--captions-per-image", type=int, default=1, metavar="N")
     parser.add_argument("--tagger", choices=("auto", "nltk", "spacy", "textblob"), default="auto")
-    parser.add_argument("--caption-column", default="caption", help="a string, or a list of strings")
+    parser.add_argument("--caption-column", help="a string, or a list of strings (default: captions, else caption)")
     parser.add_argument("--image-column", default="image")
     parser.add_argument("--class-names", help="of the label maps: a packaged benchmark or a JSON file")
     parser.add_argument("--ignore-index", type=int, nargs="+", help="ids in the label maps that are no class")

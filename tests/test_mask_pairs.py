@@ -294,6 +294,15 @@ def test_a_run_is_shared_and_continues(data: Path, parts: tuple[Any, Any], tmp_p
         MiningRun(data, {}, 3).claim()
 
 
+def test_captions_are_found_as_prepared_data_sets_have_them(data: Path, tmp_path: Path) -> None:
+    """`coco_captions` of examples/prepare_dataset.py has a column `captions`."""
+    rows = load_dataset(str(data), split="train", cache_dir=str(tmp_path / "cache"))
+    (tmp_path / "prepared").mkdir()
+    rows.rename_column("caption", "captions").to_parquet(tmp_path / "prepared/train-00000-of-00001.parquet")
+    for folder in (data, tmp_path / "prepared"):
+        assert SourcePictures(folder, "train", MiningOptions())[0].captions == CAPTIONS[0]
+
+
 def test_command_line(data: Path, parts: tuple[Any, Any], tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     model, processor = parts
     model.save_pretrained(tmp_path / "model")

@@ -43,7 +43,8 @@ class SourcePictures:
         data: folder or Hub id, see `load_segmentation_data`; label maps are read only where `options` need them.
         split: its split.
         options: what is mined.
-        caption_column: column of strings or lists of strings.
+        caption_column: column of strings or lists of strings; None: "captions", as prepared data sets have it, where
+            there is one, else "caption".
         image_column: column of the pictures.
         loading: further arguments of `load_segmentation_data` (`class_names`, `ignore_index`, `reduce_labels`, ...).
 
@@ -56,7 +57,7 @@ class SourcePictures:
         data: str | Path,
         split: str,
         options: MiningOptions,
-        caption_column: str = "caption",
+        caption_column: str | None = None,
         image_column: str = "image",
         **loading: Any,
     ) -> None:
@@ -69,6 +70,8 @@ class SourcePictures:
             if split not in splits:
                 raise ValueError(f"{data} has no split {split!r}. It has: {', '.join(splits)}.")
             self.rows, self.image_column = splits[split], image_column
+        if caption_column is None:
+            caption_column = "captions" if "captions" in self.rows.column_names else "caption"
         self.caption_column = caption_column if options.nouns == "caption" else None
         for column in filter(None, (self.image_column, self.caption_column)):
             if column not in self.rows.column_names:
