@@ -194,6 +194,7 @@ def _record(report: dict[str, Any], options: argparse.Namespace, model: Any) -> 
         name=options.name or options.model,
         weights=weights_digest(model),
         benchmark=report["benchmark"],
+        split=report["protocol"]["split"],
         averaging=report["averaging"],
         pictures=report["pictures"],
         notes=report["notes"],

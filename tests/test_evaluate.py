@@ -18,6 +18,7 @@ from examples import check_vocabulary as check_command
 from examples.evaluate import main
 from ov_segmentation import ledger
 from ov_segmentation.auto import METHODS, load_class
+from ov_segmentation.checkpoint_results import dataset_of
 from ov_segmentation.data.benchmarks import evaluation_protocol
 from ov_segmentation.data.labelled_pictures import LabelledPicture
 from ov_segmentation.data.preparation import prepare
@@ -186,6 +187,16 @@ def test_known_errors_score_by_hand(tmp_path, averaging, expected):
     assert 0 < report["similarity_to_training"]["hausdorff_distance"] < 2
     document = (tmp_path / "out/camvid_11/report.md").read_text()
     assert f"mIoU {100 * expected:.2f}" in document and "| sky | tree |" in document
+
+
+def test_the_ledger_says_which_split(tmp_path):
+    """A card would call another one the validation split."""
+    model, data = known_errors(tmp_path)
+    for folder in ("images", "annotations"):
+        (tmp_path / "data" / folder / "validation").rename(tmp_path / "data" / folder / "train")
+    evaluate(model, [data], tmp_path / "out", "--split", "train", "--ledger", tmp_path / "ledger.jsonl")
+    entry = ledger.latest(tmp_path / "ledger.jsonl", benchmark="camvid_11")
+    assert dataset_of(entry) == ("camvid_11", "train")
 
 
 # ---------------------------------------------------------------------- processes, kills, streams
