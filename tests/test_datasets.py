@@ -137,6 +137,15 @@ def test_reduce_labels(tmp_path):
     assert set(np.unique(data.split("train")[0].label_map)) == {IGNORED, 0, 2}
 
 
+def test_reduce_labels_names_the_id_of_the_file_and_the_one_to_ignore(tmp_path):
+    tree = write_tree(tmp_path, ["train"], annotation=label_map(0, 1, 255))
+    data = load_segmentation_data(tree, class_names=NAMES, reduce_labels=True, ignore_index=255)
+    with pytest.raises(ValueError, match=r"the id 255, which reduce_labels lowers to 254.*Give ignore_index=254"):
+        data.split("train")[0]
+    data = load_segmentation_data(tree, class_names=NAMES, reduce_labels=True, ignore_index=254)
+    assert set(np.unique(data.split("train")[0].label_map)) == {IGNORED, 0}
+
+
 def test_palette_label_maps_keep_their_indices(tmp_path):
     palette = label_map(0, 2).convert("P")
     palette.putpalette([10, 20, 30, 40, 50, 60, 200, 100, 50])

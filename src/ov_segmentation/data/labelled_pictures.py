@@ -96,10 +96,15 @@ class SegmentationData:
             raise type(error)(f"{name}: {error}") from error
         num_classes, highest = len(self.vocabulary), int(ids.max())
         if highest >= num_classes:
+            known = f"but the classes are 0 to {num_classes - 1} and the ignored ids {list(self.ignore_index)}"
+            if self.reduce_labels:
+                raise ValueError(
+                    f"{name}: its label map holds the id {highest + 1}, which reduce_labels lowers to {highest}, "
+                    f"{known}. Is it an ignored id? Give ignore_index={highest}: it is compared with lowered ids."
+                )
             raise ValueError(
-                f"{name}: its label map holds the id {highest}, but the classes are 0 to {num_classes - 1} and the "
-                f"ignored ids {list(self.ignore_index)}. Is it an ignored id? Give ignore_index. Is 0 the "
-                f"unlabelled id, and do the classes start at 1? Set reduce_labels."
+                f"{name}: its label map holds the id {highest}, {known}. Is it an ignored id? Give ignore_index. Is 0 "
+                f"the unlabelled id, and do the classes start at 1? Set reduce_labels."
             )
         return ids
 
