@@ -40,12 +40,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     try:
         names = read_names(options.names)
+        model, processor = load_model_and_processor(options.model, dtype=torch.float32)
         training = (
-            Vocabulary.from_benchmark(options.training, "san").with_texts(None, None)
+            names_of_benchmark(options.training, model.config.model_type)
             if options.training in BENCHMARKS
             else Vocabulary(read_names(options.training))
         )
-        model, processor = load_model_and_processor(options.model, dtype=torch.float32)
         report = check_vocabulary(names, model, processor, training, options.threshold, options.text_cache)
     except (ValueError, TypeError, OSError) as error:
         sys.exit(f"{type(error).__name__}: {error}")
@@ -57,6 +57,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         write_atomically(options.output / "report.md", document)
     if report["blank"] or report["duplicates"]:
         sys.exit(1)
+
+
+def names_of_benchmark(benchmark: str, method: str) -> Vocabulary:
+    """A packaged benchmark's names as a method spells them, or another one that was evaluated on it."""
+    protocol = method if method in BENCHMARKS[benchmark] else next(iter(BENCHMARKS[benchmark]))
+    return Vocabulary.from_benchmark(benchmark, protocol).with_texts(None, None)
 
 
 def read_names(given: str) -> list[str | list[str]]:

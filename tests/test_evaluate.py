@@ -501,6 +501,13 @@ def test_vocabulary_command(tmp_path, capsys):
         check_command.main([*arguments, "--names", ","])
 
 
+def test_vocabulary_command_knows_benchmarks_that_not_every_method_has(tmp_path):
+    model = fake_model.save(tmp_path / "model", {})
+    arguments = ["--model", str(model), "--training", "pascal_voc_20b", "--output", str(tmp_path / "out")]
+    check_command.main([*arguments, "--names", "road"])
+    assert json.loads((tmp_path / "out/report.json").read_text())["training"][0]["nearest"] == "road"
+
+
 def test_own_vocabulary_keeps_the_methods_texts():
     protocol = evaluation_protocol("pascal_voc_20", "sed").with_changes(names=[f"n{k}" for k in range(20)])
     assert len(protocol.vocabulary.templates) == 80
