@@ -6,11 +6,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from datasets import Dataset, DatasetDict, Features, Image, Value, disable_progress_bars
+from datasets import (
+    Array2D,
+    Array3D,
+    Dataset,
+    DatasetDict,
+    Features,
+    Image,
+    List,
+    Value,
+    disable_progress_bars,
+)
 from PIL import Image as PILImage
 
 from ov_segmentation.data.class_names import segmentation_features
 from ov_segmentation.data.datasets import load_segmentation_data
+from ov_segmentation.image_reading import read_image
 from ov_segmentation.label_maps import IGNORED
 
 disable_progress_bars()
@@ -120,6 +131,47 @@ def test_columns_are_found_by_type_and_name_or_given(tmp_path):
     image, ids = data.split("train")[0]
     assert image.getpixel((0, 0)) == (9, 0, 0)
     assert (ids == 2).all()
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_columns_of_other_kinds_are_read_when_they_are_named(tmp_path, streaming):
+    ids = np.arange(24, dtype=np.uint8).reshape(4, 6) % 3
+    picture(9).save(tmp_path / "picture.png")
+    columns = {
+        "array": (Array3D((4, 6, 3), "uint8"), np.array(picture(9))),
+        "path": (Value("string"), str(tmp_path / "picture.png")),
+        "encoded": (Image(decode=False), picture(9)),
+        "ids": (Array2D((4, 6), "uint8"), ids),
+        "nested": (List(List(Value("int32"))), ids.tolist()),
+        "encoded_ids": (Image(decode=False), PILImage.fromarray(ids)),
+    }
+    features = Features({name: feature for name, (feature, _) in columns.items()})
+    rows = Dataset.from_dict({name: [value] for name, (_, value) in columns.items()}, features=features)
+    (tmp_path / "d").mkdir()
+    rows.to_parquet(tmp_path / "d/train.parquet")
+    for names in (("array", "ids"), ("path", "nested"), ("encoded", "encoded_ids")):
+        image, annotation = names
+        data = load_segmentation_data(
+            tmp_path / "d", class_names=NAMES, image_column=image, annotation_column=annotation, streaming=streaming
+        )
+        found = next(data.stream("train").samples(lambda index: True))[2] if streaming else data.split("train")[0]
+        assert found.image.getpixel((0, 0)) == (9, 0, 0), names
+        assert (found.label_map == ids).all(), names
+
+
+def test_a_lone_column_of_pictures_is_what_its_name_says(tmp_path):
+    Dataset.from_dict({"image": [picture()]}, features=Features({"image": Image()})).save_to_disk(tmp_path / "d")
+    with pytest.raises(ValueError, match="Cannot tell the annotation column"):
+        load_segmentation_data(tmp_path / "d", class_names=NAMES)
+
+
+def test_pictures_of_16_bits_are_those_of_inference(tmp_path):
+    values = np.random.default_rng(0).integers(0, 2**16, (4, 6)).astype(np.uint16)
+    root = write_tree(tmp_path, ["train"], count=1)
+    (root / "images/train/0.jpg").unlink()
+    PILImage.fromarray(values).save(root / "images/train/0.png")
+    found = load_segmentation_data(root, class_names=NAMES, ignore_index=255).split("train")[0].image
+    assert (np.array(found) == read_image(root / "images/train/0.png")[0]).all()
 
 
 def test_columns_may_swap_their_names(tmp_path):

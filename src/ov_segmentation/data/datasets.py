@@ -181,7 +181,9 @@ def _find_columns(features: Features, image: str | None, annotation: str | None)
     for given in (image, annotation):
         if given is not None and given not in features:
             raise ValueError(f"There is no column {given!r}. The columns are: {', '.join(features)}.")
-    annotation = annotation or _choose([name for name in pictures if name != image], ANNOTATION_COLUMNS)
+    # a lone column of pictures is the one that its name says
+    others = [name for name in pictures if name != image and (image is not None or name not in IMAGE_COLUMNS)]
+    annotation = annotation or _choose(others, ANNOTATION_COLUMNS)
     image = image or _choose([name for name in pictures if name != annotation], IMAGE_COLUMNS)
     if image is None or annotation is None:
         missing = " and ".join(kind for kind, found in (("image", image), ("annotation", annotation)) if found is None)

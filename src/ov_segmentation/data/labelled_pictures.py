@@ -12,6 +12,7 @@ import numpy as np
 from datasets import Dataset, DatasetDict, Image, IterableDataset, IterableDatasetDict
 from PIL import Image as PILImage
 
+from ..image_reading import read_image
 from ..label_maps import IGNORED, ignore_ids, read_label_map
 from ..vocabulary import Vocabulary
 
@@ -65,30 +66,36 @@ class SegmentationData:
         return LabelledStream(self, name, self.splits[name])
 
     def check(self, row: Mapping[str, Any], name: str) -> LabelledPicture:
-        """Picture and class ids of a decoded row.
+        """Picture and class ids of a row.
 
         Args:
+            row: its `image` and `annotation` are PIL pictures, or what [`decoded`] takes.
             name: what messages call it.
 
         Raises:
-            ValueError: no label map, one of another size than the picture, or with ids that are no class.
+            ValueError: no label map, one of another size than the picture, or with ids that are no class; a picture or
+                label map that cannot be read.
+            TypeError: something that is no picture or no label map.
         """
-        image = row["image"]
-        if image is None:
+        if row["image"] is None:
             raise ValueError(f"{name}: it has no picture.")
         if row["annotation"] is None:
             raise ValueError(f"{name}: it has no label map. Leave unlabelled samples out, or take another split.")
+        try:
+            image = rgb_picture(row["image"])
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{name}: {error}") from error
         label_map = self._class_ids(row["annotation"], name)
         if label_map.shape != (image.height, image.width):
             raise ValueError(
                 f"{name}: its label map is {label_map.shape[1]} x {label_map.shape[0]} pixels, its picture "
                 f"{image.width} x {image.height} (width x height). They must have one size."
             )
-        return LabelledPicture(image.convert("RGB"), label_map)
+        return LabelledPicture(image, label_map)
 
     def _class_ids(self, annotation: Any, name: str) -> np.ndarray:
         try:
-            ids = read_label_map(annotation)
+            ids = read_label_map(decoded(annotation))
             if self.reduce_labels:
                 ids = np.where(ids == 0, IGNORED, ids - 1)
             ids = ignore_ids(ids, self.ignore_index).astype(np.int32)
@@ -107,6 +114,19 @@ class SegmentationData:
                 f"the unlabelled id, and do the classes start at 1? Set reduce_labels."
             )
         return ids
+
+
+def decoded(value: Any) -> Any:
+    """What a column holds, as `read_image` and `read_label_map` take it: nested lists (of `Array2D`, `List`) become an
+    array, encoded pictures (of `Image(decode=False)`) are decoded; pictures and paths stay."""
+    if isinstance(value, dict):
+        return Image().decode_example(value)
+    return np.asarray(value) if isinstance(value, list) else value
+
+
+def rgb_picture(value: Any) -> PILImage.Image:
+    """The picture in a column, in RGB as the image processors see it: PIL's own way makes 16-bit pictures white."""
+    return PILImage.fromarray(read_image(decoded(value))[0])
 
 
 class LabelledPicture(NamedTuple):
@@ -128,10 +148,10 @@ class LabelledPictures:
     def __getitem__(self, index: int) -> LabelledPicture:
         try:
             row = self.rows[int(index)]
+            return self.data.check(row, _place(index, self.split, row))
         except (OSError, SyntaxError) as error:  # PIL raises both for broken files
             name = f"sample {index} of split {self.split!r} ({self.file_name(int(index))})"
             raise ValueError(f"{name}: its picture or label map cannot be decoded ({error}).") from error
-        return self.data.check(row, _place(index, self.split, row))
 
     def select(self, indices: Sequence[int]) -> LabelledPictures:
         """The pictures with these indices, in this order."""
@@ -162,13 +182,12 @@ class LabelledStream:
         Args:
             max_samples: only the first so many of the stream; None: all.
         """
-        decoder = Image()
         for index, row in enumerate(self.rows if max_samples is None else self.rows.take(max_samples)):
             if wanted(index):
                 place = _place(index, self.split, row)
                 for column in ("image", "annotation"):
                     try:
-                        row[column] = None if row[column] is None else decoder.decode_example(row[column])
+                        row[column] = decoded(row[column])
                     except (OSError, SyntaxError) as error:
                         raise ValueError(f"{place}: its {column} cannot be decoded ({error}).") from error
                 yield index, str(row.get("file_name", index)), self.data.check(row, place)

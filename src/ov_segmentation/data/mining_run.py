@@ -16,7 +16,7 @@ from PIL import Image as PILImage
 
 from ..atomic_files import TEMPORARY, full_disk_message, remove_leftovers, write_atomically
 from .datasets import load_segmentation_data, load_splits
-from .labelled_pictures import LabelledPictures
+from .labelled_pictures import LabelledPictures, rgb_picture
 from .mask_pairs import pair_features
 from .mining import MiningOptions, PairMiner
 
@@ -86,7 +86,7 @@ class SourcePictures:
         if self.labelled is not None:
             image, label_map = self.labelled[index]
             return SourcePicture(image, captions, label_map)
-        return SourcePicture(self.rows[index][self.image_column].convert("RGB"), captions, None)
+        return SourcePicture(rgb_picture(self.rows[index][self.image_column]), captions, None)
 
     @property
     def class_names(self) -> Sequence[str]:
