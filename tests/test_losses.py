@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from torch import distributed
 
 from ov_segmentation.losses import (
     MaskClassificationCriterion,
@@ -141,3 +142,17 @@ def test_a_batch_of_ignored_pixels_gives_a_finite_loss_and_gradients() -> None:
     assert losses["loss_mask"].item() == losses["loss_dice"].item() == 0.0
     assert math.isfinite(losses["loss_ce"].item())
     assert main.mask_logits.grad.abs().max() == 0 and auxiliary.class_logits.grad.isfinite().all()
+
+
+def test_one_mask_beside_processes_without_any_counts_as_in_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    criterion = MaskClassificationCriterion(COSTS, WEIGHTS, num_points=32)
+    labels = torch.full((2, 12, 12), -100)
+    labels[0, :6] = 3
+    prediction, seeds = make_prediction(), torch.tensor([1, 2])
+    alone = criterion([prediction], labels, SeededDraws(seeds))
+    monkeypatch.setattr(distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed, "get_world_size", lambda: 4)
+    monkeypatch.setattr(distributed, "all_reduce", lambda total: None)  # the three others add nothing
+    shared = criterion([prediction], labels, SeededDraws(seeds))
+    for name in ("loss_mask", "loss_dice"):
+        torch.testing.assert_close(shared[name] / 4, alone[name])

@@ -71,13 +71,17 @@ def masks_from_labels(labels: torch.Tensor) -> list[MaskTargets]:
     return targets
 
 
-def global_mean_of_processes(value: torch.Tensor) -> torch.Tensor:
-    """Mean of a scalar over all processes: the normaliser with which averaged gradients equal those of one process."""
+def global_mean_of_processes(value: torch.Tensor, least_sum: float = 0.0) -> torch.Tensor:
+    """Mean of a scalar over all processes: the normaliser with which averaged gradients equal those of one process.
+
+    `least_sum`: of all processes together, so that nothing is divided by zero. A least mean would be another normaliser
+    where there are fewer masks than processes.
+    """
     if not (distributed.is_available() and distributed.is_initialized()):
-        return value
+        return value.clamp(min=least_sum)
     total = value.detach().clone()
     distributed.all_reduce(total)
-    return total / distributed.get_world_size()
+    return total.clamp(min=least_sum) / distributed.get_world_size()
 
 
 def sample_points(maps: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
@@ -174,7 +178,7 @@ class MaskClassificationCriterion:
     ) -> dict[str, torch.Tensor]:
         targets = masks_from_labels(labels)
         num_masks = torch.tensor(float(sum(len(t.classes) for t in targets)), device=labels.device)
-        num_masks = global_mean_of_processes(num_masks).clamp(min=1)
+        num_masks = global_mean_of_processes(num_masks, least_sum=1)
         losses = {}
         for prediction in predictions:
             found = matches[prediction.suffix] if matches else self.match(prediction, targets, draws)

@@ -41,7 +41,7 @@ def per_class_cross_entropy(
                 )
         pixels = pixels + (wanted.numel() if ignore_as_negative else (wanted >= 0).sum())
     count = torch.as_tensor(pixels * logits.shape[1], device=logits.device, dtype=torch.float32)
-    return total / global_mean_of_processes(count).clamp(min=1)
+    return total / global_mean_of_processes(count, least_sum=1)
 
 
 def add_per_class_loss(

@@ -39,7 +39,7 @@ def fused_map_losses(
     counted = torch.ones_like(known) if config.ignore_as_no_object else known
     focal = ((absent + FOCAL_ALPHA * _focal(present)) * counted).sum()
     count = counted.sum().float() * class_logits.shape[-1]
-    count = (count if config.normalise_per_process else global_mean_of_processes(count)).clamp(min=1)
+    count = count.clamp(min=1) if config.normalise_per_process else global_mean_of_processes(count, least_sum=1)
     predicted = (probability[:, :-1].sum(dim=1) * counted).sum(dim=(1, 2))
     dice = 1 - (2 * (present * known).sum(dim=(1, 2)) + 1) / (predicted + known.sum(dim=(1, 2)) + 1)
     return {"loss_ce": config.focal_weight * focal / count, "loss_decoder_dice": config.dice_weight * dice.mean()}
@@ -91,5 +91,5 @@ def region_losses(
     with full_precision(features):
         logits = config.temperature * normalize(features.float(), dim=-1) @ text_embeds.float().T
     count = (classes >= 0).sum().float()
-    count = (count if config.normalise_per_process else global_mean_of_processes(count)).clamp(min=1)
+    count = count.clamp(min=1) if config.normalise_per_process else global_mean_of_processes(count, least_sum=1)
     return {"loss_cls": cross_entropy(logits, classes, ignore_index=-100, reduction="sum") / count}
