@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from transformers import AutoConfig
 
 from ov_segmentation import ledger
@@ -39,6 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         recipe = recipe_of(options)
         result = train(recipe, options.output, command=command_of(given))
+        if not PartialState().is_main_process:
+            return
         print(
             f"held-out pictures: mIoU {result['initial_miou']:.1%} before, {result['miou']:.1%} after "
             f"(step {result['exported_step']} of {result['steps']})"

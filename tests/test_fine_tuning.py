@@ -4,7 +4,9 @@ configurations for several GPUs."""
 from __future__ import annotations
 
 import json
+import os
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -196,6 +198,26 @@ def test_the_command_and_what_it_records(
     assert (entry["method"], entry["trainable"], entry["pictures"]) == ("san", "prompts + attention", 5)
     assert {"test_miou_before", "test_miou", "held_out_miou", "trainable_parameters"} <= entry["figures"].keys()
     assert (tmp_path / "run/model/README.md").is_file()
+
+
+def test_two_processes_train_and_one_scores_the_test_split(folder: Path, pictures: Path, tmp_path: Path) -> None:
+    arguments = ["--model", MODEL, "--data", str(pictures), "--names", str(folder / "class_names.json")]
+    arguments += ["--ignore-index", "255", "--short-side", "32", "--steps", "1", "--batch-size", "2", "--threads", "1"]
+    arguments += ["--test-split", "val", "--ledger", str(tmp_path / "results.jsonl"), "--output", str(tmp_path / "run")]
+    environment = {"PYTHONPATH": f"{ROOT / 'src'}:{ROOT}", "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run(
+        [*start, "examples/finetune.py", *arguments],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[:3000]
+    assert json.loads((tmp_path / "run/result.json").read_text())["processes"] == 2
+    assert done.stdout.count("held-out pictures:") == done.stdout.count("(val, ") == 1
+    assert len(ledger.read(tmp_path / "results.jsonl")) == 1
 
 
 def test_what_is_trained_is_an_option_of_the_training_command_too(pictures: Path, tmp_path: Path) -> None:

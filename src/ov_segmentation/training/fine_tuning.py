@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState
+from accelerate.utils import clear_environment
 from transformers import AutoConfig, AutoProcessor
 
 from ..auto import AutoModelForOpenVocabularySegmentation
@@ -121,7 +123,8 @@ def fine_tuning_recipe(
 def score_before_and_after(
     recipe: Recipe, exported: str | Path, split: str, max_samples: int | None = None
 ) -> tuple[SegmentationScores, SegmentationScores, list[str]]:
-    """Scores on a split that the run had no part in: of the checkpoint it began with, and of what it exported.
+    """Scores on a split that the run had no part in: of the checkpoint it began with, and of what it exported. Whatever
+    trained, one process scores, by itself.
 
     Args:
         recipe: of [`fine_tuning_recipe`].
@@ -144,7 +147,11 @@ def score_before_and_after(
         reduce_labels=recipe.data.reduce_labels,
     )
     pictures = data.split(split, max_samples)
-    accelerator = Accelerator()
+    on_cpu = PartialState().device.type == "cpu"
+    # the group of processes that trained is over and cannot be had again
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with clear_environment():
+        accelerator = Accelerator(cpu=on_cpu)
     scores = []
     for source in (None, exported):
         if source is None:
