@@ -59,6 +59,14 @@ def test_snippets_of_the_readme_use_no_name_that_they_do_not_make():
         assert used <= known, f"{sorted(used - known)} in:\n{block}"
 
 
+def test_a_snippet_that_trains_loads_in_float32():
+    """Steps smaller than the resolution of bfloat16 change no weight of a checkpoint that was saved in it."""
+    text = (readme.ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = [block for block in re.findall(r"```python\n(.*?)```", text, re.S) if "Trainer(" in block]
+    assert blocks
+    assert all('dtype="float32"' in block for block in blocks)
+
+
 @pytest.fixture
 def results(tmp_path):
     """A ledger of two methods, one of them measured twice."""
