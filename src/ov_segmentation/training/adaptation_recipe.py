@@ -16,6 +16,7 @@ from .recipe import (
     OptimizerRecipe,
     ProcessorRecipe,
     ScheduleRecipe,
+    check_lengths,
     read_recipe,
 )
 
@@ -129,9 +130,7 @@ class AdaptationRecipe:
             raise RecipeError(f"crop_scale must rise within (0, 1], got {list(self.crop_scale)}.")
         if not 0 < self.crop_ratio[0] <= self.crop_ratio[1]:
             raise RecipeError(f"crop_ratio must rise and be positive, got {list(self.crop_ratio)}.")
-        for name in ("steps", "batch_size", "accumulation", "log_interval"):
-            if getattr(self, name) < 1:
-                raise RecipeError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        check_lengths(self)
 
 
 def load_adaptation_recipe(path: str | Path, assignments: Sequence[str] = ()) -> AdaptationRecipe:

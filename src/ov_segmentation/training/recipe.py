@@ -244,27 +244,36 @@ class Recipe:
     trackers: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        positive = {
-            "steps": self.steps,
-            "batch_size": self.batch_size,
-            "accumulation": self.accumulation,
-            "log_interval": self.log_interval,
-            "evaluation.interval": self.evaluation.interval,
-            "checkpoint.interval": self.checkpoint.interval,
-            "checkpoint.total_limit": self.checkpoint.total_limit,
-        }
-        for name, value in positive.items():
-            if value < 1:
-                raise RecipeError(f"{name} must be at least 1, got {value}.")
-        if self.batch_size % self.accumulation:
-            raise RecipeError(
-                f"batch_size {self.batch_size} must be a multiple of accumulation {self.accumulation}: it counts the "
-                f"pictures of a whole optimizer step."
-            )
+        check_lengths(self)
         if self.data.holdout is not None and self.evaluation.data is not None:
             raise RecipeError("data.holdout and evaluation.data both say what to evaluate on: leave one out.")
-        if self.evaluation.patience is not None and self.evaluation.patience < 1:
-            raise RecipeError(f"evaluation.patience must be at least 1 or null, got {self.evaluation.patience}.")
+
+
+def check_lengths(recipe: Any) -> None:
+    """Check the numbers of steps and pictures of a training recipe.
+
+    Raises:
+        RecipeError: one is less than 1, or a batch cannot be split into its micro-batches.
+    """
+    positive = {
+        "steps": recipe.steps,
+        "batch_size": recipe.batch_size,
+        "accumulation": recipe.accumulation,
+        "log_interval": recipe.log_interval,
+        "evaluation.interval": recipe.evaluation.interval,
+        "checkpoint.interval": recipe.checkpoint.interval,
+        "checkpoint.total_limit": recipe.checkpoint.total_limit,
+    }
+    for name, value in positive.items():
+        if value < 1:
+            raise RecipeError(f"{name} must be at least 1, got {value}.")
+    if recipe.evaluation.patience is not None and recipe.evaluation.patience < 1:
+        raise RecipeError(f"evaluation.patience must be at least 1 or null, got {recipe.evaluation.patience}.")
+    if recipe.batch_size % recipe.accumulation:
+        raise RecipeError(
+            f"batch_size {recipe.batch_size} must be a multiple of accumulation {recipe.accumulation}: it counts the "
+            f"pictures of a whole optimizer step."
+        )
 
 
 # What a run may change between a stop and its continuation without being another experiment.
