@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import resource
+import shutil
 import signal
 from itertools import chain
 from pathlib import Path
@@ -340,6 +341,24 @@ def test_a_run_folder_belongs_to_one_recipe(pictures, tmp_path):
         train(recipe, tmp_path / "thesis")
 
 
+def test_a_run_that_is_over_leaves_what_it_exported_alone(pictures, tmp_path):
+    run, recipe = tmp_path / "run", brief(pictures)
+    result = train(recipe, run)
+    card = run / "model/README.md"
+    card.write_text(card.read_text() + "My own words.\n")
+    assert train(recipe, run) == result
+    assert card.read_text().endswith("My own words.\n")
+    shutil.rmtree(run / "model")
+    train(recipe, run)
+    assert card.is_file(), "exported again"
+
+
+def test_a_group_that_does_not_learn_is_logged_with_the_rate_of_the_others(pictures, tmp_path):
+    groups = [{"pattern": "^background", "lr_multiplier": 0.0}, {"pattern": ".", "lr_multiplier": 2.0}]
+    train(brief(pictures, optimizer={"lr": 1e-3, "groups": groups}, schedule={"name": "constant"}), tmp_path / "run")
+    assert read_log(tmp_path / "run/log.jsonl")[0]["train/lr"] == 1e-3
+
+
 def test_a_damaged_checkpoint_is_named(pictures, tmp_path):
     recipe = brief(pictures)
     train(recipe, tmp_path / "run")
@@ -363,6 +382,7 @@ def test_two_processes_give_what_one_gives(pictures, tmp_path):
     for one, two in zip(*logs, strict=True):
         assert one == pytest.approx(two, rel=1e-5, abs=1e-7) if "train/loss" in one else one == two
     # a checkpoint of two processes continues on one
+    shutil.rmtree(tmp_path / "two/model")
     assert train(load_recipe(file), tmp_path / "two")["processes"] == 1
 
 

@@ -100,6 +100,7 @@ class TrainingRun:
         self.continues = bool(done)
         if done:
             self.state = self.store.load(accelerator, self.wrapped, self.optimizer, done[-1])
+        self._began_at = self.state.step
         self._start_trackers()
         self._say(
             f"{type(self.model).__name__}: {trainable_parameters(self.trained):,} of "
@@ -179,8 +180,13 @@ class TrainingRun:
                     raise Terminated(TERMINATED)
 
     def finish(self, command: str) -> dict[str, Any]:
-        """Export the model and write `result.json`."""
+        """Export the model and write `result.json`; of a run that was over already, both stay as they are."""
         recipe, state = self.recipe, self.state
+        earlier = self.folder.result()
+        if earlier is not None and earlier["steps"] == state.step == self._began_at:
+            self._say(f"This run was over already: {self.folder.model} stays as it is.")
+            self._end()
+            return earlier
         wanted = state.best_step if recipe.export.weights == "best" and state.best_step is not None else state.step
         result = {
             "steps": state.step,
@@ -278,8 +284,8 @@ class TrainingRun:
         state = self.state
         means = {name: total / state.count for name, total in state.sums.items()}
         state.sums, state.count = {}, 0
-        rate = {"lr": self.optimizer.param_groups[0]["lr"] / self.optimizer.param_groups[0]["base_lr"]}
-        rate["lr"] *= self.recipe.optimizer.lr
+        factor = learning_rate_factor(self.recipe.schedule, state.step - 1, self.recipe.steps)
+        rate = {"lr": factor * self.recipe.optimizer.lr}
         self._track({f"train/{name}": value for name, value in {**means, **rate}.items()})
         speed = state.step * self.recipe.batch_size / state.seconds
         for tracker in self.accelerator.trackers:

@@ -75,6 +75,11 @@ class RunFolder:
         lines = [line for line in read_log(self.path / LOG_FILE) if line["step"] == step]
         return {key[len(prefix) :]: value for line in lines for key, value in line.items() if key.startswith(prefix)}
 
+    def result(self) -> dict[str, Any] | None:
+        """What `write_result` wrote, if the exported model is still there; None: the run is not over."""
+        file = self.path / RESULT
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() and self.model.is_dir() else None
+
     def write_result(self, result: dict[str, Any]) -> None:
         """Write `result.json`."""
         write_atomically(self.path / RESULT, json.dumps(result, indent=1) + "\n")
