@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import pytest
 import torch
 from accelerate import FullyShardedDataParallelPlugin
 from accelerate.commands.config.config_args import load_config_from_file
+from PIL import Image
 from safetensors.torch import load_file
 
 from examples import finetune
@@ -198,6 +200,16 @@ def test_the_command_and_what_it_records(
     assert (entry["method"], entry["trainable"], entry["pictures"]) == ("san", "prompts + attention", 5)
     assert {"test_miou_before", "test_miou", "held_out_miou", "trainable_parameters"} <= entry["figures"].keys()
     assert (tmp_path / "run/model/README.md").is_file()
+
+
+def test_held_out_pictures_without_a_label_are_named_before_the_first_step(pictures: Path, tmp_path: Path) -> None:
+    data = shutil.copytree(pictures, tmp_path / "data")
+    for file in (data / "annotations/val").iterdir():
+        Image.fromarray(np.full((40, 48), 255, dtype=np.uint8)).save(file)
+    recipe = fine_tuning_recipe(MODEL, data, class_names=NAMES, ignore_index=255, short_side=32, steps=1, threads=1)
+    with pytest.raises(ValueError, match=r"no miou: none of its pictures has a labelled pixel"):
+        train(recipe, tmp_path / "run")
+    assert not (tmp_path / "run/checkpoints").exists()
 
 
 def test_two_processes_train_and_one_scores_the_test_split(folder: Path, pictures: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -294,11 +295,20 @@ class TrainingRun:
         return means["loss"]
 
     def _evaluate(self) -> bool:
-        """Evaluate and log; whether the score is the best so far."""
+        """Evaluate and log; whether the score is the best so far.
+
+        Raises:
+            ValueError: there is no score, so that none could be better.
+        """
         state, started = self.state, time.monotonic()
         with whole_weights(self.wrapped):
             figures = self.evaluate()
         score = figures[self.score_name]
+        if math.isnan(score):
+            raise ValueError(
+                f"The evaluation has no {self.score_name}: none of its pictures has a labelled pixel. Label them, or "
+                "evaluate on others (another seed holds out others)."
+            )
         self._track({f"evaluation/{name}": value for name, value in figures.items()})
         self._say(f"step {state.step}: {self.score_name} {score:.4f} ({time.monotonic() - started:.0f} s)")
         improved = state.best_score is None or score > state.best_score
