@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import shutil
 from pathlib import Path
 
@@ -25,7 +26,16 @@ from ov_segmentation.checkpoint_results import (
 from ov_segmentation.data.benchmarks import paper_scores
 from ov_segmentation.evaluation.runner import weights_digest
 from ov_segmentation.method_facts import FACTS, paper_table
-from ov_segmentation.model_card import CARD, CardError, History, build_card, is_generated, public_name, write_card
+from ov_segmentation.model_card import (
+    CARD,
+    CardError,
+    History,
+    build_card,
+    is_generated,
+    public_command,
+    public_name,
+    write_card,
+)
 from ov_segmentation.training.loop import train
 from ov_segmentation.training.recipe import load_recipe
 from tests import training_runs
@@ -138,6 +148,19 @@ def test_a_card_names_no_place_on_a_disk(source, name):
     assert public_name(source) == name
 
 
+@pytest.mark.parametrize(
+    ("words", "shown"),
+    [
+        (["x", "--data", "/home/me/street", "--names=~/a.json"], ["x", "--data", "street", "--names=a.json"]),
+        (["--data", "/home/me/my pictures/old street"], ["--data", "old street"]),
+        (["--set", 'data.sources=["/a/b", "/c d/e"]', "lr=1/2"], ["--set", 'data.sources=["b", "e"]', "lr=1/2"]),
+        (["--model", "assets/san", "--data", "OWNER/NAME"], ["--model", "assets/san", "--data", "OWNER/NAME"]),
+    ],
+)
+def test_a_command_names_no_place_on_a_disk(words, shown):
+    assert shlex.split(public_command(shlex.join(words))) == shown
+
+
 def test_a_local_folder_that_looks_like_a_hub_id_is_none(tmp_path, monkeypatch):
     (tmp_path / "data" / "camvid").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
@@ -242,7 +265,7 @@ def test_training_exports_a_card_with_its_own_evaluation(tmp_path):
     recipe = training_runs.tiny_recipe(pictures, steps=2, num_workers=0)
     recipe["model"]["config"] = {**recipe["model"]["config"], "weights_license": "mit"}
     recipe = load_recipe(training_runs.write_recipe(tmp_path / "recipe.yaml", recipe))
-    result = train(recipe, tmp_path / "tiny_streets", command="train it")
+    result = train(recipe, tmp_path / "tiny_streets", command=f"train it --data {tmp_path / 'streets'}")
     folder = tmp_path / "tiny_streets" / "model"
     (line,) = ledger.read(folder / "results.jsonl")
     assert line["figures"]["miou"] == result["miou"] and line["weights"] == saved_weights_digest(folder)
@@ -255,5 +278,5 @@ def test_training_exports_a_card_with_its_own_evaluation(tmp_path):
     assert all(math.isfinite(value) for value in values.values())
     assert "3 names: sky, road, car" in card.text and "from random weights" in card.text
     assert "pictures (7 pictures of 3 classes)" in card.text
-    assert "| Command | `train it` |" in card.text and str(tmp_path) not in str(card)
+    assert "| Command | `train it --data streets` |" in card.text and str(tmp_path) not in str(card)
     assert results_of(folder, [], "san") == [line]

@@ -87,6 +87,15 @@ def public_name(source: str | Path) -> str:
     return str(source)
 
 
+def public_command(command: str) -> str:
+    """A shell command with the absolute paths in it shortened as `public_name` does."""
+
+    def shortened(word: re.Match[str]) -> str:
+        return re.sub(r"""(?<![^='"])[/~][^'"]*""", lambda path: public_name(path[0]), word[0])
+
+    return re.sub(r"'[^']*'|[^\s']+", shortened, command)
+
+
 def is_hub_id(name: str) -> bool:
     """Whether a `public_name` is a Hub id."""
     return "/" in name

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from .. import ledger
 from ..checkpoint_results import METRICS, RESULTS_FILE, finite_figures, saved_weights_digest
-from ..model_card import History, is_hub_id, public_name, read_config, write_card
+from ..model_card import History, is_hub_id, public_command, public_name, read_config, write_card
 from .checkpointing import atomic_folder
 from .recipe import Recipe, recipe_hash
 
@@ -51,6 +51,7 @@ def export_model(
         name: value.to(dtype) if value.is_floating_point() and not model.stays_in_float32(name) else value
         for name, value in weights.items()
     }
+    provenance = {**provenance, "command": public_command(provenance.get("command", ""))}
     metadata = {"recipe_hash": recipe_hash(recipe), "seed": str(recipe.seed)}
     metadata |= {key: value if isinstance(value, str) else json.dumps(value) for key, value in provenance.items()}
 
