@@ -493,3 +493,20 @@ def test_a_loss_that_is_no_number_stops_the_run(pictures, tmp_path):
     recipe = tiny(pictures, num_workers=0, optimizer={"lr": 1e30}, clip_grad_norm=None, steps=4, log_interval=1)
     with pytest.raises(FloatingPointError, match="Lower the learning rate"):
         train(recipe, tmp_path / "run")
+
+
+def test_a_gradient_that_is_no_number_spoils_no_checkpoint(pictures, tmp_path, monkeypatch):
+    calls, forward = [], SANForOpenVocabularySegmentation.forward
+
+    def spoiled(self, *args, **kwargs):
+        outputs = forward(self, *args, **kwargs)
+        calls.append(outputs)
+        if len(calls) == 2:  # adds nothing, and the derivative of the root is infinite there
+            outputs.loss = outputs.loss + (0 * self.background_embedding.sum()).sqrt()
+        return outputs
+
+    monkeypatch.setattr(SANForOpenVocabularySegmentation, "forward", spoiled)
+    recipe = brief(pictures, steps=3, accumulation=1, checkpoint={"interval": 1})
+    with pytest.raises(FloatingPointError, match=r"after optimizer step 2\. .*The last checkpoint is intact"):
+        train(recipe, tmp_path / "run")
+    assert CheckpointStore(tmp_path / "run/checkpoints", 2).steps() == [1]

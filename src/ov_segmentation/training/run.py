@@ -21,6 +21,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedTy
 from accelerate.state import AcceleratorState
 from accelerate.utils import GradientAccumulationPlugin, broadcast_object_list
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
@@ -38,6 +39,12 @@ from .trackers import JSONLinesTracker, build_trackers
 
 TERMINATED = 128 + signal.SIGTERM
 """Exit status of a run that was asked to stop by SIGTERM, saved, and can be continued."""
+
+
+DIVERGED = (
+    "Lower the learning rate, clip the gradient (clip_grad_norm), or train in full precision (precision: no). The last "
+    "checkpoint is intact."
+)
 
 
 class Terminated(SystemExit):
@@ -157,7 +164,7 @@ class TrainingRun:
         if state.step == 0 and self.evaluates and recipe.evaluation.at_start and state.best_score is None:
             self._evaluate()
             self._tick()
-            self.store.save(self.accelerator, self.wrapped, self.optimizer, state)
+            self._save()
         with tqdm(total=recipe.steps, initial=state.step, desc="training", unit="step", disable=hidden) as bar:
             while state.step < recipe.steps and not self._stopped_early():
                 self._optimizer_step(batches)
@@ -174,7 +181,7 @@ class TrainingRun:
                     is_last = is_last or self._stopped_early()
                 stop = self._any(terminated[0])
                 if improved or is_last or stop or state.step % recipe.checkpoint.interval == 0:
-                    self.store.save(self.accelerator, self.wrapped, self.optimizer, state)
+                    self._save()
                 if stop and not is_last:
                     self._say(f"Stopped by SIGTERM after step {state.step}; the same command continues.")
                     self._end()
@@ -270,15 +277,24 @@ class TrainingRun:
                 self.optimizer.zero_grad()
         self.after_step()
         if not torch.isfinite(figures["loss"]):
-            raise FloatingPointError(
-                f"The loss is {figures['loss'].item()} at optimizer step {step + 1}. Lower the learning rate, clip the "
-                f"gradient (clip_grad_norm), or train in full precision (precision: no). The last checkpoint is intact."
-            )
+            raise FloatingPointError(f"The loss is {figures['loss'].item()} at optimizer step {step + 1}. {DIVERGED}")
         names = list(figures)
         values = accelerator.reduce(torch.stack([figures[name].float() for name in names]), reduction="mean")
         for name, value in zip(names, values.tolist(), strict=True):
             self.state.sums[name] = self.state.sums.get(name, 0.0) + value
         self.state.count += 1
+
+    def _save(self) -> None:
+        """Write a checkpoint of weights that are numbers.
+
+        Raises:
+            FloatingPointError: they are not: a loss may be finite and its gradient not.
+        """
+        trained = (parameter for parameter in self.trained.parameters() if parameter.requires_grad)
+        parts = (part.to_local() if isinstance(part, DTensor) else part for part in trained)
+        if self._any(not all(torch.isfinite(part).all() for part in parts)):
+            raise FloatingPointError(f"Weights are NaN or infinite after optimizer step {self.state.step}. {DIVERGED}")
+        self.store.save(self.accelerator, self.wrapped, self.optimizer, self.state)
 
     def _log(self) -> float:
         """Write the means since the last line; returns the loss."""
