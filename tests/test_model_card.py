@@ -151,8 +151,8 @@ def test_a_card_names_no_place_on_a_disk(source, name):
 @pytest.mark.parametrize(
     ("words", "shown"),
     [
-        (["x", "--data", "/home/me/street", "--names=~/a.json"], ["x", "--data", "street", "--names=a.json"]),
-        (["--data", "/home/me/my pictures/old street"], ["--data", "old street"]),
+        (["x", "--data", "/srv/me/street", "--names=~/a.json"], ["x", "--data", "street", "--names=a.json"]),
+        (["--data", "/srv/me/my pictures/old street"], ["--data", "old street"]),
         (["--set", 'data.sources=["/a/b", "/c d/e"]', "lr=1/2"], ["--set", 'data.sources=["b", "e"]', "lr=1/2"]),
         (["--model", "assets/san", "--data", "OWNER/NAME"], ["--model", "assets/san", "--data", "OWNER/NAME"]),
     ],
