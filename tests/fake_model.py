@@ -34,6 +34,9 @@ WIDTH_OF_TEXT = 48
 
 class FakeConfig(PreTrainedConfig):
     model_type = "fake_segmentation"
+    sliding_window: bool = True
+    class_attention_pooling: int = 1
+    max_classes: int = 256
 
 
 class FakeModel(PreTrainedModel):

@@ -394,8 +394,9 @@ def test_switches_that_a_method_lacks_are_left_out_of_anothers_protocol(tmp_path
 
 @pytest.mark.parametrize("name", ["sed_scenes", "clip_vit_scenes"])
 @pytest.mark.filterwarnings("ignore:.*is a plain CLIP")
-def test_own_data_is_asked_for_with_the_checkpoints_texts(tmp_path, name):
-    """The bundled SED takes one template, the published 80; a CLIP is segmented with by DeOP, published with none."""
+def test_own_data_is_asked_for_with_the_checkpoints_texts_and_switches(tmp_path, name):
+    """The bundled SED takes one template, the published 80, and keeps all classes; a CLIP is segmented with by DeOP,
+    published with no template."""
     _, data = known_errors(tmp_path / "tree")
     (tmp_path / "tree/data/class_names.json").write_text(json.dumps([f"circle, {k}" for k in range(11)]))
     arguments = ("--ignore-index", "11", "--max-samples", "1")
@@ -403,6 +404,12 @@ def test_own_data_is_asked_for_with_the_checkpoints_texts(tmp_path, name):
     assert len(report["protocol"]["templates"]) == {"sed_scenes": 1, "clip_vit_scenes": 14}[name]
     assert report["protocol"]["comma_rule"] == {"sed_scenes": "split", "clip_vit_scenes": "keep"}[name]
     assert not any("template" in note for note in report["notes"])
+    own = {"class_attention_pooling": 1, "rejection_top_k": None}
+    assert report["protocol"]["switches"] == {"sed_scenes": own, "clip_vit_scenes": {}}[name]
+    if name == "sed_scenes":
+        asked = (*arguments, "--set", "rejection_top_k=2")
+        report = scored(ROOT / "assets" / name, data, tmp_path / "asked", *asked, benchmark="streets")
+        assert report["protocol"]["switches"] == own | {"rejection_top_k": 2}
     report = scored(ROOT / "assets" / name, data, tmp_path / "sed", *arguments[2:], "--protocol", "sed")
     kept = "published: 80 templates (the checkpoint takes no other number)"
     assert any(kept in note for note in report["notes"]) == (name == "sed_scenes")

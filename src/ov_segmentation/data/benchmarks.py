@@ -146,7 +146,7 @@ class EvaluationProtocol:
         """
         if self.split != _SPLIT:
             return []
-        published = _published_switches(self.benchmark, self.method)
+        published = published_switches(self.benchmark, self.method)
         unchanged = {key: value for key, value in published.items() if key in self.switches}
         return [
             score
@@ -203,7 +203,7 @@ def evaluation_protocol(benchmark: str, method: str) -> EvaluationProtocol:
         annotation_short_side=_ANNOTATION_SHORT_SIDE.get((benchmark, method)),
         sizes=_SIZES[method],
         averaging=_AVERAGING[method],
-        switches=_published_switches(benchmark, method),
+        switches=published_switches(benchmark, method),
         seen=None if unseen is None else tuple(k for k in range(len(labels.class_names)) if k not in unseen),
     )
 
@@ -211,9 +211,9 @@ def evaluation_protocol(benchmark: str, method: str) -> EvaluationProtocol:
 def own_protocol(
     name: str, method: str, names: Sequence[str | Sequence[str]], ignore_index: Sequence[int], split: str
 ) -> EvaluationProtocol:
-    """A protocol for a user's data set, whose class names come with it: the method's resolution and switches.
+    """A protocol for a user's data set, whose class names come with it: the method's resolution.
 
-    It has no templates: no published score depends on them, so that they are those of the checkpoint.
+    It has no templates and no switches: no published score depends on them, so that they are those of the checkpoint.
     """
     _check_method(method)
     vocabulary = Vocabulary(names)
@@ -230,7 +230,7 @@ def own_protocol(
         annotation_short_side=None,
         sizes=_SIZES[method],
         averaging="ground_truth",
-        switches=_SWITCHES[method],
+        switches={},
         seen=None,
     )
 
@@ -247,7 +247,8 @@ def _check_method(method: str) -> None:
         raise ValueError(f"There is no evaluation protocol of {method!r}. There are those of: {', '.join(METHODS)}.")
 
 
-def _published_switches(benchmark: str, method: str) -> dict[str, Any]:
+def published_switches(benchmark: str, method: str) -> dict[str, Any]:
+    """The inference switches of a method's published evaluation on a benchmark; on any other data set, of the most."""
     return {**_SWITCHES[method], **_BENCHMARK_SWITCHES.get((benchmark, method), {})}
 
 

@@ -6,16 +6,17 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from ..data.benchmarks import EvaluationProtocol
+from ..data.benchmarks import EvaluationProtocol, published_switches
 
 
 def as_run(
     protocol: EvaluationProtocol, model: Any, processor: Any, published_templates: bool = False
 ) -> tuple[EvaluationProtocol, list[str]]:
-    """The protocol with what the checkpoint decides: picture size, prompt templates, and which switches there are.
+    """The protocol with what the checkpoint decides: picture size, prompt templates, which switches there are, and on a
+    user's data set their values.
 
     Args:
-        protocol: of a benchmark, or, without templates, of a user's data set.
+        protocol: of a benchmark, or, without templates and with changed switches only, of a user's data set.
         model, processor: the checkpoint's.
         published_templates: ask with the protocol's templates even where the checkpoint has others, if it can take
             them.
@@ -31,17 +32,19 @@ def as_run(
         published = " or ".join(f"{short} (at most {long})" for short, long in protocol.sizes)
         notes.append(f"pictures are resized to {dict(size)}, published: short side {published}")
     vocabulary, own = protocol.vocabulary, tuple(processor.prompt_templates)
+    known, asked = model.switches | model.picture_switches, protocol.switches
     if vocabulary.templates is None:
         vocabulary = vocabulary.with_texts(own, processor.comma_rule)
+        published = published_switches(protocol.benchmark, protocol.method)
+        asked = {name: getattr(model.config, name) for name in published if name in known} | asked
     elif vocabulary.templates != own and not (published_templates and _takes(model, vocabulary.templates)):
         notes.append(
             f"names go into {_in_words(own)} of the checkpoint, published: {_in_words(vocabulary.templates)}"
             + (" (the checkpoint takes no other number)" if published_templates else "")
         )
         vocabulary = vocabulary.with_texts(own, vocabulary.comma_rule)
-    known = model.switches | model.picture_switches
-    switches = {name: value for name, value in protocol.switches.items() if name in known}
-    if left_out := sorted(set(protocol.switches) - set(switches)):
+    switches = {name: value for name, value in asked.items() if name in known}
+    if left_out := sorted(set(asked) - set(switches)):
         notes.append(f"{type(model).__name__} has no {', '.join(left_out)}, which {protocol.method}'s protocol sets")
     return replace(protocol, sizes=(actual,), vocabulary=vocabulary, switches=switches), notes
 
