@@ -335,6 +335,18 @@ class TestDeOP(ModelTesterMixin, FromCLIPTesterMixin, PipelineTesterMixin):
                 found = model(**self.pictures(), text_embeds=text, proposals=self.own_masks(4, size))
                 torch.testing.assert_close(found.class_queries_logits[0], expected, atol=1e-3, rtol=1e-4)
 
+    @pytest.mark.parametrize("pooling", ["mask", "heatmap"])
+    @pytest.mark.parametrize("severance", ["identity", "mask_gain", "mask_guided"])
+    def test_an_empty_mask_has_logits_in_float16(self, severance: str, pooling: str) -> None:
+        """There its probabilities round to 0, and so would what they pool."""
+        model = self.model(pooling=pooling, severance=severance)
+        masks = self.own_masks(model.config.num_queries, (64, 64))
+        masks[:, 1] = False
+        inputs = {**self.pictures(), "text_embeds": self.text(model), "proposals": masks}
+        with torch.no_grad():
+            expected, found = model(**inputs), model.half()(**inputs)
+        torch.testing.assert_close(found.class_queries_logits, expected.class_queries_logits, atol=0.5, rtol=0)
+
     @pytest.mark.parametrize("severance", ["identity", "mask_gain", "mask_guided"])
     def test_zero_proposals(self, severance: str) -> None:
         model = self.model(pooling="mask", severance=severance)

@@ -30,13 +30,16 @@ class Anchors(NamedTuple):
 
 
 def pool_by_heatmaps(features: torch.Tensor, heatmaps: torch.Tensor) -> torch.Tensor:
-    """Weighted sums `[B, N, D]` of `features` `[B, h*w, D]`; of `[B, heads, N, h*w]` head i pools its slice of D."""
+    """Weighted sums `[B, N, D]` of `features` `[B, h*w, D]`, in the heatmaps' precision; of `[B, heads, N, h*w]` head i
+    pools its slice of D."""
+    features = features.to(heatmaps.dtype)
     return (heatmaps @ split_heads(features, heatmaps.shape[1])).transpose(1, 2).flatten(2)
 
 
 def pool_by_masks(features: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
-    """Mask-weighted means `[B, N, D]` of `features` `[B, h*w, D]` (the paper's baseline); `masks` `[B, N, h*w]`."""
-    return masks @ features / masks.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(masks.dtype).tiny)
+    """Mask-weighted means `[B, N, D]` of `features` `[B, h*w, D]` (the paper's baseline), in the precision of `masks`
+    `[B, N, h*w]`."""
+    return masks @ features.to(masks.dtype) / masks.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(masks.dtype).tiny)
 
 
 class HeatmapLayer(nn.Module):

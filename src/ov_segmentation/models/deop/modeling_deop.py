@@ -40,7 +40,7 @@ class DeOPImageState(ImageState):
 
     Args:
         mask_logits: `[B, N, h, w]`; None without proposals.
-        segment_embeds: `[B, N, D]`, L2-normalised; None while the proposals are trained.
+        segment_embeds: `[B, N, D]` float32, L2-normalised; None while the proposals are trained.
         valid: bool `[B, N]`: which proposals are there; None: all.
         clip_map: `[B, D, gh, gw]`, L2-normalised, where patches are classified.
         all_proposals: of all decoder layers, while the proposals are trained.
@@ -205,7 +205,8 @@ class DeOPForOpenVocabularySegmentation(
             return self._classify_patches(state, pixel_values, reshaped_input_sizes, output_maps)
         state.mask_logits, state.valid = self._propose(pixel_values, reshaped_input_sizes, proposals)
         features = self.clip_map(pixel_values, state.mask_logits)
-        masks = self._on_grid(state.mask_logits.sigmoid(), features.shape[-2:])
+        # float32: of an empty mask float16 has nothing but zeros, whose mean has no direction
+        masks = self._on_grid(state.mask_logits.float().sigmoid(), features.shape[-2:])
         if self.heatmap_decoder is None:
             embeds, heatmaps = pool_by_masks(features.flatten(2).transpose(1, 2), masks.flatten(2)), masks[:, None]
         else:
