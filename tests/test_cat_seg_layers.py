@@ -166,3 +166,17 @@ def test_guided_class_attention_with_padding() -> None:
     of_padding = layer.class_sums(pad_token.expand(1, 5, 8), [1], pad_guidance[None])
     sums = layer.class_sums(tokens, [4], guidance) + repeated(of_padding, 6)
     torch.testing.assert_close(layer(tokens, [4], sums, guidance), expected[:4], rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("autocast", [False, True])
+def test_thousands_of_classes_stay_in_the_range_of_float16(autocast: bool) -> None:
+    """Of the published width: a normaliser that is infinite would leave nothing of the attention."""
+    torch.manual_seed(0)
+    layer, tokens = ClassAttention(128, num_heads=4), 2 * torch.randn(2000, 2, 128)
+    expected = layer(tokens, [2000], layer.class_sums(tokens, [2000]))
+    if not autocast:
+        layer, tokens = layer.half(), tokens.half()
+    with torch.autocast("cpu", torch.float16, enabled=autocast):
+        found = layer(tokens, [2000], layer.class_sums(tokens, [2000]))
+    torch.testing.assert_close(found.float(), expected, rtol=0, atol=0.02)

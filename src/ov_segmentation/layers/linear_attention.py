@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ..precision import full_precision
 from .guided import guided_linear
 from .pieces import in_pieces
 
@@ -26,6 +27,8 @@ EPSILON = 1e-6
 
 class ClassSums(NamedTuple):
     """What a query needs to know of all classes of its picture, per position and head; d channels per head.
+
+    Of float16 they are float32: it ends at 65,504, and products with sums over a thousand classes may go beyond.
 
     Args:
         key_values: `[B, S * heads, d, d]`, the sum over classes of phi(key) (outer product) value.
@@ -115,8 +118,9 @@ class ClassAttention(ClassLayer):
         values = self._split_heads(in_pieces(lambda t: self.value(self.norm1(t)), size, tokens))
         products, sums = [], []
         for keys_of_one, values_of_one in zip(keys.split(list(counts)), values.split(list(counts)), strict=True):
-            products.append(torch.bmm(keys_of_one.permute(1, 2, 0), values_of_one.transpose(0, 1)))
-            sums.append(keys_of_one.sum(dim=0)[..., None])
+            product, total = _sum_classes(keys_of_one, values_of_one)
+            products.append(product)
+            sums.append(total)
         return ClassSums(torch.stack(products), torch.stack(sums))
 
     def forward(
@@ -134,8 +138,7 @@ class ClassAttention(ClassLayer):
         key_values = torch.cat([sums.key_values, sums.keys], dim=-1)
         mixed = []
         for queries_of_one, key_values_of_one in zip(queries.split(list(counts)), key_values, strict=True):
-            product = torch.bmm(queries_of_one.transpose(0, 1), key_values_of_one)
-            mixed.append((product[..., :-1] / (product[..., -1:] + EPSILON)).transpose(0, 1))
+            mixed.append(_mix(queries_of_one, key_values_of_one, tokens.dtype))
         attended = torch.cat(mixed).reshape(tokens.shape)
         return in_pieces(self._add_mlp, size * self.fc1.out_features // self.channels, tokens, attended)
 
@@ -158,8 +161,8 @@ class TextClassAttention(ClassLayer):
     def class_sums(self, texts: torch.Tensor) -> ClassSums:
         """Sums over all classes, `[1, heads, ...]`, of their texts `[K, G]`; no normalisation goes before."""
         keys, values = self._split_heads(_positive(self.key(texts))), self._split_heads(self.value(texts))
-        products = torch.bmm(keys.permute(1, 2, 0), values.transpose(0, 1))
-        return ClassSums(products[None], keys.sum(dim=0)[None, ..., None])
+        products, sums = _sum_classes(keys, values)
+        return ClassSums(products[None], sums[None])
 
     def forward(self, tokens: torch.Tensor, sums: ClassSums) -> torch.Tensor:
         """Updated tokens `[N, S, C]`, residuals included; `sums` are those of the whole vocabulary."""
@@ -169,8 +172,22 @@ class TextClassAttention(ClassLayer):
 
     def _attend(self, tokens: torch.Tensor, key_values: torch.Tensor) -> torch.Tensor:
         queries = _positive(self.query(self.norm1(tokens))).view(-1, self.num_heads, self.channels // self.num_heads)
-        product = torch.bmm(queries.transpose(0, 1), key_values)
-        return (product[..., :-1] / (product[..., -1:] + EPSILON)).transpose(0, 1).reshape(tokens.shape)
+        return _mix(queries, key_values, tokens.dtype).reshape(tokens.shape)
+
+
+def _sum_classes(keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums over the classes, `[M, d, d]` and `[M, d, 1]`, see `ClassSums`, of keys and values `[K, M, d]`."""
+    with full_precision(keys):
+        keys = keys.float() if keys.dtype == torch.float16 else keys
+        products = torch.bmm(keys.permute(1, 2, 0), values.to(keys.dtype).transpose(0, 1))
+        return products, keys.sum(dim=0)[..., None]
+
+
+def _mix(queries: torch.Tensor, key_values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What queries `[n, M, d]` attend to, `[n, M, d]`; `key_values` `[M, d, d + 1]`: sums of keys behind the others."""
+    with full_precision(queries):
+        product = torch.bmm(queries.to(key_values.dtype).transpose(0, 1), key_values)
+        return (product[..., :-1] / (product[..., -1:] + EPSILON)).transpose(0, 1).to(dtype)
 
 
 def _positive(features: torch.Tensor) -> torch.Tensor:
