@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from ov_segmentation.layers.configuration_maskformer import ResNetCConfig
 from ov_segmentation.layers.one_channel import one_channel
 from ov_segmentation.layers.quick_gelu import QuickGELU, replace_quick_gelu
 from ov_segmentation.layers.resnet_c import FrozenBatchNorm, ResNetC
+from ov_segmentation.precision import in_float32
 from ov_segmentation.profiling import CONVOLUTION, MATRIX_PRODUCT, MultiplyAddCounter
 
 from .tiny import tiny_clip_config
@@ -56,6 +59,23 @@ def test_one_channel_is_the_convolution_in_float32(dtype: torch.dtype) -> None:
     assert torch.equal(one_channel(conv, maps), expected)  # with gradients
     with torch.no_grad():
         torch.testing.assert_close(one_channel(conv, maps), expected.detach(), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "layer", [nn.Conv2d(3, 4, 3, padding=1), nn.Linear(8, 4, bias=False)], ids=lambda layer: layer._get_name()
+)
+def test_layers_in_float32_are_not_changed_under_other_threads(layer: nn.Module) -> None:
+    layer, features = copy.deepcopy(layer).bfloat16(), torch.randn(1, 3, 8, 8)
+    expected = copy.deepcopy(layer).float()(features)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            found = list(threads.map(lambda _: in_float32(layer, features), range(1000)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert all(torch.equal(one, expected) for one in found)
 
 
 @pytest.mark.parametrize(("old", "new"), [((14, 14), (32, 44)), ((24, 24), (9, 31)), ((5, 7), (5, 7))])

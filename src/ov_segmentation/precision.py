@@ -16,7 +16,7 @@ def full_precision(tensor: torch.Tensor) -> AbstractContextManager:
     return nullcontext() if tensor.device.type == "meta" else torch.autocast(tensor.device.type, enabled=False)
 
 
-def in_float32(layer: nn.Module, features: torch.Tensor, rounded: bool = False) -> torch.Tensor:
+def in_float32(layer: nn.Conv2d | nn.Linear, features: torch.Tensor, rounded: bool = False) -> torch.Tensor:
     """`layer(features)`, computed in float32 whatever the precision of the layer's weights.
 
     For what is compared afterwards, class with class or position with position: bfloat16 has two to three digits, and
@@ -27,12 +27,17 @@ def in_float32(layer: nn.Module, features: torch.Tensor, rounded: bool = False) 
         features: of any.
         rounded: return the result in the precision of the weights.
     """
-    weights = dict(layer.named_parameters())
-    (own,) = {weight.dtype for weight in weights.values()}
+    own = layer.weight.dtype
     if own == torch.float32:
         return layer(features.float())
-    exact = {name: weight.float() for name, weight in weights.items()}
-    result = torch.func.functional_call(layer, exact, (features.float(),))
+    # the layer keeps its weights, which other threads may be using
+    weight, bias = layer.weight.float(), None if layer.bias is None else layer.bias.float()
+    # to the weight's device, as accelerate does where layers are on several
+    features = features.to(weight)
+    if isinstance(layer, nn.Linear):
+        result = nn.functional.linear(features, weight, bias)
+    else:
+        result = layer._conv_forward(features, weight, bias)
     return result.to(own) if rounded else result
 
 
