@@ -359,6 +359,6 @@ def test_a_text_side_in_half_precision_is_run_in_float32(dtype):
     exact = build()
     exact.load_state_dict(half.state_dict())
     found = half.encode_vocabulary(ids, mask)
-    assert found.dtype == dtype
-    assert torch.equal(found, exact.encode_vocabulary(ids, mask).to(dtype))
+    assert found.dtype == torch.float32  # names that are alike differ by less than its rounding
+    assert torch.equal(found, exact.encode_vocabulary(ids, mask))
     assert {p.dtype for p in half.parameters() if p.ndim} == {dtype}  # the weights themselves stay

@@ -70,11 +70,11 @@ class TextSideMixin:
             cache_folder: keeps embeddings on disk too, keyed by a hash of the text weights and the token ids.
 
         Returns:
-            L2-normalised `[K, D]`, or `[K, P, D]` where the method keeps its prompts (SED, CAT-Seg). Do not modify it
-            in place: later calls may return the same tensor.
+            L2-normalised `[K, D]`, or `[K, P, D]` where the method keeps its prompts (SED, CAT-Seg), at least float32.
+            Do not modify it in place: later calls may return the same tensor.
 
-        A text side in half precision is run in float32, on a copy: it runs once per vocabulary, and its rounding alone
-        would change the label of one pixel in a hundred.
+        A text side in half precision is run in float32, on a copy, and its result is not rounded: it runs once per
+        vocabulary, and rounding alone would change the label of some pixels in a hundred.
 
         With gradients on and a trained text side the result carries gradients and is never cached.
         """
@@ -90,14 +90,14 @@ class TextSideMixin:
             if not torch.is_grad_enabled() and is_half_precision(self.text_tower):
                 features = partial(features, tower=tuple(copy.deepcopy(part).float() for part in self.text_tower))
             embeds = encode_vocabulary(input_ids, attention_mask, eos_token_id, features, self.keeps_prompts)
-            return embeds.to(parameters[0].dtype)
+            return embeds.to(torch.promote_types(parameters[0].dtype, torch.float32))
 
         if torch.is_grad_enabled() and self.trains_text:
             return compute()
         with torch.no_grad():
             if self.training and self.trains_text:
                 return compute()
-            recipe = f"{type(self).__name__} float32 {self.text_tower[0].config.to_json_string()}"
+            recipe = f"{type(self).__name__} float32 unrounded {self.text_tower[0].config.to_json_string()}"
             return self._text_cache.get(input_ids, attention_mask, parameters, compute, cache_folder, recipe)
 
     def _class_embeddings(
@@ -123,4 +123,5 @@ class TextSideMixin:
             )
         if text_embeds.shape[0] == 0:  # len() would fix the number of classes of an exported program
             raise ValueError("text_embeds holds no class: give at least one name.")
-        return text_embeds.to(device=self.device, dtype=self.dtype)
+        # not rounded: names are told apart by small differences
+        return text_embeds.to(device=self.device, dtype=torch.promote_types(self.dtype, torch.float32))

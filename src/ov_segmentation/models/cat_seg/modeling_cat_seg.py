@@ -208,7 +208,7 @@ class CATSegForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
         self._check_request(text_embeds, max_classes, class_chunk_size)
         pooling = pooling_side(class_attention_pooling, state.dense_features.shape[-2:])
         cost = correlation(state.dense_features, text_embeds)
-        text = F.relu(self.text_projection(F.normalize(text_embeds.mean(dim=1), dim=-1)))
+        text = F.relu(self.text_projection(F.normalize(text_embeds.mean(dim=1), dim=-1).to(self.dtype)))
         kept = None
         if max_classes is not None and max_classes < text_embeds.shape[0]:
             scores = cost

@@ -224,9 +224,10 @@ class ESCNetForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
         if self.training and labels is not None and max_classes is not None:
             order = labelled_first(labels, text_embeds.shape[0], self.draws(sample_seeds, len(labels)))
         kept = kept_classes(cost, rejection_top_k, max_classes, order)
-        guidance = F.relu(self.text_projection(text_embeds))
+        text = text_embeds.to(self.dtype)
+        guidance = F.relu(self.text_projection(text))
         sums = [block.classes.class_sums(guidance) for block in self.blocks]
-        chunks = self._chunks(state, cost, self._tokens(text_embeds), kept, class_chunk_size)
+        chunks = self._chunks(state, cost, self._tokens(text), kept, class_chunk_size)
         prepared = [
             stage.prepare(tuple(skip.shape[-2:]), skip) for stage, skip in zip(self.decoder, state.skips, strict=True)
         ]
