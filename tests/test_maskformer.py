@@ -15,6 +15,7 @@ from huggingface_hub.errors import StrictDataclassClassValidationError
 from torch.nn.functional import batch_norm, interpolate
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import SwinConfig
+from transformers.models.maskformer.modeling_maskformer import MaskFormerSinePositionEmbedding
 from transformers.models.swin.modeling_swin import SwinDropPath
 
 from ov_segmentation.conversion import ConversionError
@@ -23,6 +24,7 @@ from ov_segmentation.layers.configuration_maskformer import MaskProposalConfig, 
 from ov_segmentation.layers.mask_crops import CropGrid, crop_for_clip, cropped_masks, mask_boxes, masked_crops
 from ov_segmentation.layers.maskformer import MaskProposalNetwork
 from ov_segmentation.layers.resnet_c import FrozenBatchNorm, ResNetC
+from ov_segmentation.layers.sine_positions import SinePositionEmbedding
 from ov_segmentation.layers.swin_backbone import SwinBackbone
 
 TINY_SWIN = {"model_type": "swin", "embed_dim": 8, "depths": [1, 1, 2, 1], "num_heads": [1, 1, 2, 2], "window_size": 4}
@@ -101,6 +103,13 @@ def test_resnet_freezes_stem_and_first_stage() -> None:
 def test_resnet_config_says_what_is_wrong() -> None:
     with pytest.raises(StrictDataclassClassValidationError, match="one factor for each of the 2 bottlenecks"):
         ResNetCConfig(depths=(1, 1, 1, 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_positions_are_those_of_transformers_rounded_once(dtype: torch.dtype) -> None:
+    exact, ours = (kind(8, normalize=True) for kind in (MaskFormerSinePositionEmbedding, SinePositionEmbedding))
+    shape, device = torch.Size([2, 16, 40, 60]), torch.device("cpu")
+    assert torch.equal(ours(shape, device, dtype), exact(shape, device, torch.float32).to(dtype))
 
 
 def test_deep_supervision_does_not_change_the_output() -> None:

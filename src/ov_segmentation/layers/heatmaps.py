@@ -15,11 +15,11 @@ from transformers.models.maskformer.configuration_maskformer import MaskFormerDe
 from transformers.models.maskformer.modeling_maskformer import (
     MaskFormerDetrDecoderLayer,
     MaskFormerDetrSelfAttention,
-    MaskFormerSinePositionEmbedding,
 )
 
 from .attention import split_heads
 from .initialization import init_torch_defaults
+from .sine_positions import SinePositionEmbedding
 
 
 class Anchors(NamedTuple):
@@ -109,7 +109,7 @@ class HeatmapDecoder(nn.Module):
         )
         layer_config._attn_implementation = attention or "sdpa"
         self.query_embedding = nn.Embedding(num_queries, size)
-        self.position_embedding = MaskFormerSinePositionEmbedding(num_position_features=size // 2, normalize=True)
+        self.position_embedding = SinePositionEmbedding(num_position_features=size // 2, normalize=True)
         self.layers = nn.ModuleList(MaskFormerDetrDecoderLayer(layer_config) for _ in range(num_layers))
         self.heatmap_layer = HeatmapLayer(layer_config, num_heatmaps)
         # stored by the released weights, without influence: it norms intermediate outputs that nothing reads

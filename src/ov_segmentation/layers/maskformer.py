@@ -17,12 +17,12 @@ from transformers.models.maskformer.configuration_maskformer import MaskFormerDe
 from transformers.models.maskformer.modeling_maskformer import (
     MaskFormerDetrDecoderLayer,
     MaskFormerPixelDecoder,
-    MaskFormerSinePositionEmbedding,
 )
 
 from .configuration_maskformer import MaskProposalConfig, ResNetCConfig
 from .mlp import MLP
 from .resnet_c import ConvNorm, FrozenBatchNorm, ResNetC
+from .sine_positions import SinePositionEmbedding
 from .swin_backbone import SwinBackbone
 
 
@@ -58,7 +58,7 @@ class QueryDecoder(nn.Module):
             activation_dropout=config.dropout,
         )
         layer_config._attn_implementation = config._attn_implementation or "sdpa"
-        self.position_embedding = MaskFormerSinePositionEmbedding(num_position_features=size // 2, normalize=True)
+        self.position_embedding = SinePositionEmbedding(num_position_features=size // 2, normalize=True)
         self.input_projection = nn.Conv2d(channels, size, kernel_size=1) if channels != size else nn.Identity()
         self.query_embedding = nn.Embedding(config.num_queries, size)
         self.layers = nn.ModuleList(MaskFormerDetrDecoderLayer(layer_config) for _ in range(config.num_layers))
