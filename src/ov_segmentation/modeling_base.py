@@ -185,6 +185,7 @@ class OpenVocabularySegmentationModel(PushToHub, FromCLIPMixin, TextSideMixin, P
         records = self._records(output_hidden_states, output_attentions, output_maps)
         if image_state is None:
             self._check_labels(labels, pixel_values, class_embeds.shape[0])
+            labels = None if labels is None else labels.to(self.device)
             image_state = self._encode_checked(
                 pixel_values,
                 pixel_mask,

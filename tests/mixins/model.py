@@ -607,6 +607,19 @@ class ModelTesterMixin:
         assert trainer.evaluate()["eval_pictures"] == 4
         assert all(len(value) == 4 for value in seen[0].predictions)
 
+    def test_labels_go_to_the_device_of_the_model(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """As pictures and texts do; the meta device stands for a GPU."""
+        inputs = self.training_inputs(self.model())
+        with torch.device("meta"):
+            model = self.model_class(self.config()).train()
+        outputs, seen = OpenVocabularySegmentationOutput(), []
+        monkeypatch.setattr(model, "_segment", lambda state, text, labels, **_: seen.append(labels.device) or outputs)
+        if "input_ids" in inputs:  # a text's end cannot be found there
+            inputs = {name: inputs[name] for name in inputs if name not in ("input_ids", "attention_mask")}
+            inputs["text_embeds"] = self.text(model)
+        model(**inputs)
+        assert seen == [model.device]
+
     def test_a_picture_without_labels_has_a_loss(self) -> None:
         model = self.model().train()
         inputs = self.training_inputs(model)

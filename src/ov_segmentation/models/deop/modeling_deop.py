@@ -325,7 +325,7 @@ class DeOPForOpenVocabularySegmentation(
         **options: Any,
     ) -> OpenVocabularySegmentationOutput:
         if state.pixel_values is not None:
-            return self._classify_regions(state.pixel_values, text_embeds, labels.to(self.device))
+            return self._classify_regions(state.pixel_values, text_embeds, labels)
         if state.clip_map is not None:
             if labels is not None:
                 raise ValueError('proposals="none" is a model without training: there is no loss. Leave labels out.')
@@ -340,7 +340,6 @@ class DeOPForOpenVocabularySegmentation(
             class_queries_scores=scores if state.valid is None else scores * state.valid[..., None],
         )
         if labels is not None:
-            labels = labels.to(self.device)
             if layers is None:
                 outputs.loss_dict = fused_map_losses(self.config, class_logits, state.mask_logits, labels)
             else:

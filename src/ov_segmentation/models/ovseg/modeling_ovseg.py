@@ -317,7 +317,7 @@ class OVSegForOpenVocabularySegmentation(LearnedPromptMixin, OpenVocabularySegme
             class_queries_logits=class_logits, masks_queries_logits=state.mask_logits
         )
         if labels is not None:
-            outputs.loss_dict = self._losses(state, class_logits, text_embeds, labels.to(self.device), sample_seeds)
+            outputs.loss_dict = self._losses(state, class_logits, text_embeds, labels, sample_seeds)
             outputs.loss = sum_losses(outputs.loss_dict)
             if self.training:  # CLIP's view of the proposals is for predictions
                 return outputs

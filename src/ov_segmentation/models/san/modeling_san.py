@@ -194,9 +194,7 @@ class SANForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
         )
         if labels is not None:
             predictions = self.predictions(state, text_embeds)
-            outputs.loss_dict = self.criterion(
-                predictions, labels.to(self.device), self.draws(sample_seeds, len(labels))
-            )
+            outputs.loss_dict = self.criterion(predictions, labels, self.draws(sample_seeds, len(labels)))
             outputs.loss = sum_losses(outputs.loss_dict)
         return outputs
 
