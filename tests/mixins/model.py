@@ -607,6 +607,13 @@ class ModelTesterMixin:
         assert trainer.evaluate()["eval_pictures"] == 4
         assert all(len(value) == 4 for value in seen[0].predictions)
 
+    def test_attention_implementations_by_part(self) -> None:
+        model = self.model()
+        expected = self.run(model)
+        model.set_attn_implementation({"": "eager"})
+        assert model.config._attn_implementation == "eager"
+        self.assert_same(self.run(model), expected, 1e-4)
+
     def test_labels_go_to_the_device_of_the_model(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """As pictures and texts do; the meta device stands for a GPU."""
         inputs = self.training_inputs(self.model())

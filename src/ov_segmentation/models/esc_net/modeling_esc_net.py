@@ -175,11 +175,13 @@ class ESCNetForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
             block.prompt_map.requires_grad_("masks" in config.prompt_types)
 
     def set_attn_implementation(self, attn_implementation: str | dict, *args: Any, **kwargs: Any) -> None:
-        """transformers' own, without its warning that it finds no model of `sam_config`."""
+        """transformers' own, without its warning that `sam_config` has no model: SAM's blocks run as the model does."""
         sam = self.config.sam_config
         before = sam._attn_implementation
         if isinstance(attn_implementation, str):
             sam._attn_implementation = attn_implementation
+        else:
+            sam._attn_implementation = attn_implementation.get("", self.config._attn_implementation)
         try:
             super().set_attn_implementation(attn_implementation, *args, **kwargs)
         except ValueError:
