@@ -34,6 +34,7 @@ from ov_segmentation.evaluation.similarity import label_set_similarity
 from ov_segmentation.evaluation.state import EvaluationError
 from ov_segmentation.loading import load_model_and_processor
 from ov_segmentation.metrics import Averaging
+from ov_segmentation.process_group import process_group_ended
 from ov_segmentation.vocabulary import BENCHMARKS
 
 
@@ -202,4 +203,5 @@ def _record(report: dict[str, Any], options: argparse.Namespace, model: Any) -> 
 
 
 if __name__ == "__main__":
-    main()
+    with process_group_ended():
+        main()

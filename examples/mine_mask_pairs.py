@@ -28,6 +28,7 @@ from ov_segmentation.data.mining import MiningOptions, PairMiner
 from ov_segmentation.data.mining_run import MiningError, MiningRun, SourcePictures, settings_of
 from ov_segmentation.data.nouns import find_tagger
 from ov_segmentation.download_errors import LoadingError
+from ov_segmentation.process_group import process_group_ended
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -123,4 +124,5 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    with process_group_ended():
+        main()

@@ -32,6 +32,7 @@ from ov_segmentation.bulk.run import BulkFolder, Segmentation, segment_pictures
 from ov_segmentation.cli_options import add_label_options, at_least_one, parse_switches, vocabulary_of
 from ov_segmentation.evaluation.runner import weights_digest
 from ov_segmentation.loading import load_model_and_processor
+from ov_segmentation.process_group import process_group_ended
 
 SOME_UNREADABLE = 3
 
@@ -141,4 +142,5 @@ def _bar(state: PartialState) -> Any:
 
 
 if __name__ == "__main__":
-    main()
+    with process_group_ended():
+        main()

@@ -132,6 +132,8 @@ MODELS.register(FakeConfig, FakeModel, exist_ok=True)
 
 if __name__ == "__main__":
     from examples.evaluate import main
+    from ov_segmentation.process_group import process_group_ended
 
     torch.set_num_threads(1)
-    main(sys.argv[1:])
+    with process_group_ended():
+        main(sys.argv[1:])
