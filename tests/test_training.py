@@ -17,7 +17,7 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
-from transformers import pipeline
+from transformers import CLIPConfig, CLIPModel, pipeline
 
 import ov_segmentation  # noqa: F401  (registers the pipeline)
 from ov_segmentation.data.augmentation import build_augmentations
@@ -36,6 +36,7 @@ from ov_segmentation.training.run_folder import RunFolderError
 from ov_segmentation.training.trackers import read_log
 from ov_segmentation.vocabulary import Vocabulary
 
+from .tiny import TOKENIZER, tiny_clip_config
 from .training_runs import NAMES, ROOT, launch, tiny_recipe, was_killed, write_pictures, write_recipe
 
 RECIPES = sorted((ROOT / "examples/recipes").glob("san_*.yaml"))
@@ -187,6 +188,17 @@ def test_what_is_trained(pictures):
     assert all(parameter.requires_grad for parameter in model.parameters())
     with pytest.raises(RecipeError, match=r"'sidecar' is no option .* finds none"):
         select_trainable(model, ["sidecar"])
+
+
+def test_a_misspelt_field_of_the_model_is_found(pictures, tmp_path):
+    """transformers would keep what a configuration does not know, and nothing would read it."""
+    CLIPModel(CLIPConfig(**tiny_clip_config())).save_pretrained(tmp_path)
+    TOKENIZER.save_pretrained(tmp_path)
+    around = {"model_type": "san", "from_clip": str(tmp_path)}
+    for model, tokenizer in (({"model_type": "san"}, "words"), (around, None)):
+        recipe = tiny(pictures, model={**model, "config": {"num_querys": 3}}, processor={"tokenizer": tokenizer})
+        with pytest.raises(RecipeError, match=r"'model\.config\.num_querys' in the recipe. Did you mean 'num_queries'"):
+            build_model_and_processor(recipe, [])
 
 
 # ---------------------------------------------------------------------- order and seeds
