@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import sys
 import warnings
 from collections.abc import Sequence
@@ -65,10 +66,26 @@ def _parser(method: Method, rules: ModuleType) -> argparse.ArgumentParser:
 
 def _config(method: Method, rules: ModuleType, options: argparse.Namespace) -> tuple[PreTrainedConfig, str | None]:
     if options.config is not None:
-        config = load_class(method.config).from_json_file(options.config)
-        return config, None
+        return _given_config(method, options.config), None
     variant = options.variant or find_variant(rules, options.checkpoint, options.clip_checkpoint)
     return rules.VARIANTS[variant](), variant
+
+
+def _given_config(method: Method, file: Path) -> PreTrainedConfig:
+    """The configuration in a file.
+
+    Raises:
+        ConversionError: it holds no configuration of the method.
+    """
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConversionError(f"{file} is no JSON ({error}): --config takes a config.json.") from error
+    found = values.get("model_type", method.model_type) if isinstance(values, dict) else None
+    if found != method.model_type:
+        what = type(values).__name__ if found is None else f"configuration of model type {found!r}"
+        raise ConversionError(f"{file} holds a {what}, not one of {method.model_type!r}, which --config takes here.")
+    return load_class(method.config).from_dict(values)
 
 
 def find_variant(rules: ModuleType, checkpoint: Path, clip_checkpoint: Path | None = None) -> str:

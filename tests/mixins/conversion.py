@@ -225,10 +225,22 @@ class ConversionTesterMixin:
             )
         assert not (tmp_path / "out").exists()
 
-    def test_unknown_variants_are_refused(self, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    def test_unknown_variants_are_refused(self, capsys: pytest.CaptureFixture) -> None:
         with pytest.raises(SystemExit):
             conversion_cli.main(self.method, ["--checkpoint", "x", "--output", "y", "--variant", "huge"])
         assert next(iter(self.rules.VARIANTS)) in capsys.readouterr().err
+
+    def test_a_configuration_of_something_else_is_an_error(self, tmp_path: Path) -> None:
+        file, arguments = tmp_path / "config.json", self.arguments(tmp_path)
+        arguments[arguments.index("--config") + 1] = str(file)
+        for content, message in (
+            ("{", "is no JSON"),
+            ("[1]", "holds a list"),
+            ('{"model_type": "esc_net"}', f"model type 'esc_net', not one of '{self.method}'"),
+        ):
+            file.write_text(content)
+            with pytest.raises(ConversionError, match=message):
+                conversion_cli.main(self.method, arguments)
 
     def test_a_size_that_no_release_has_needs_a_configuration(self, tmp_path: Path) -> None:
         arguments = ["--checkpoint", str(self.checkpoint), "--output", str(tmp_path / "out")]
