@@ -21,6 +21,7 @@ from .modeling_outputs import ImageState, OpenVocabularySegmentationOutput
 from .offloading import execution_device, with_weights_at_hand
 from .picture_side import FROM_CONFIG, PictureSideMixin
 from .pushing import PushToHub
+from .tensor_arguments import check_tensors
 from .text_encoding import TextEmbeddingCache
 from .text_side import TextSideMixin
 
@@ -241,12 +242,20 @@ class OpenVocabularySegmentationModel(PushToHub, FromCLIPMixin, TextSideMixin, P
         """Random draws of the loss: by `sample_seeds` `[B]`, or, when there are none, seeded by torch's generator."""
         if sample_seeds is None:
             sample_seeds = torch.randint(2**62, (batch_size,))
+        check_tensors(sample_seeds=sample_seeds)
+        if sample_seeds.shape != (batch_size,):
+            raise ValueError(
+                f"sample_seeds must be [{batch_size}], one for each picture, got {list(sample_seeds.shape)}."
+            )
         return SeededDraws(sample_seeds)
 
     @staticmethod
     def _check_labels(labels: torch.Tensor | None, pixel_values: torch.Tensor, num_classes: int) -> None:
         if labels is None:
             return
+        check_tensors(labels=labels)
+        if labels.is_floating_point():
+            raise TypeError(f"labels are int64 class indices, got {labels.dtype}.")
         if labels.shape != (len(pixel_values), *pixel_values.shape[-2:]):
             raise ValueError(
                 f"labels {list(labels.shape)} must have the batch and picture size of pixel_values "

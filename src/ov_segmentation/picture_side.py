@@ -87,14 +87,20 @@ class PictureSideMixin:
         switches: dict[str, Any],
     ) -> ImageState:
         check_tensors(pixel_values=pixel_values)
-        if pixel_values.ndim != 4 or pixel_values.shape[1] != 3:
-            raise ValueError(f"pixel_values must be [B, 3, H, W], got {list(pixel_values.shape)}.")
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != 3 or 0 in pixel_values.shape:
+            raise ValueError(f"pixel_values must be [B, 3, H, W], none of them 0; got {list(pixel_values.shape)}.")
         if records["output_attentions"] and self.config._attn_implementation != "eager":
             raise ValueError(
                 f"output_attentions needs the attention written out, but this model runs "
                 f"{self.config._attn_implementation!r}: call model.set_attn_implementation('eager')."
             )
         switches = self._resolve_switches(switches, self.picture_switches)
+        given = {
+            "original_sizes": original_sizes,
+            "reshaped_input_sizes": reshaped_input_sizes,
+            "padded_sizes": padded_sizes,
+        }
+        _check_sizes(pixel_values.shape[0], given)
         whole = torch.tensor(pixel_values.shape[-2:]).expand(pixel_values.shape[0], 2)
         padded_sizes = whole if padded_sizes is None else padded_sizes
         reshaped_input_sizes = padded_sizes if reshaped_input_sizes is None else reshaped_input_sizes
@@ -120,7 +126,7 @@ class PictureSideMixin:
         count = len(pixel_values)
         rows = {name: value.split(1) for name, value in inputs.items() if isinstance(value, torch.Tensor)}
         alone = self.encodes_alone and runs_in_pieces(pixel_values) and not inputs.get("sliding_window")
-        # rows of another number are given to the method, which says what is wrong with them
+        # given masks of another number are left to the method, which says what is wrong with them
         if not alone or count < 2 or any(len(parts) != count for parts in rows.values()):
             return self._encode_image(pixel_values, **inputs)
         return join_states(
@@ -132,6 +138,8 @@ class PictureSideMixin:
 
     def _check_state(self, state: ImageState, sizes: dict[str, torch.Tensor | None], switches: dict[str, Any]) -> None:
         """A ValueError for what only pixels could be given, and what the state was made with says otherwise."""
+        if not isinstance(state, ImageState):
+            raise TypeError(f"image_state is what encode_image returns, got {type(state).__name__}.")
         if state.model_type not in (None, self.config.model_type):
             raise ValueError(
                 f"This image_state is of a {state.model_type!r}, the model is a {self.config.model_type!r}."
@@ -153,6 +161,18 @@ class PictureSideMixin:
                     f"{name} shapes the picture side, and this image_state was encoded with another value: give it to "
                     f"encode_image, or leave it out here."
                 )
+
+
+def _check_sizes(pictures: int, sizes: dict[str, torch.Tensor | None]) -> None:
+    for name, value in sizes.items():
+        if value is None:
+            continue
+        check_tensors(**{name: value})
+        if value.shape != (pictures, 2):
+            raise ValueError(
+                f"{name} must be [{pictures}, 2], height and width of each of the {pictures} pictures in pixel_values; "
+                f"got {list(value.shape)}."
+            )
 
 
 def _warn_of_padding(reshaped_input_sizes: torch.Tensor, padded_sizes: torch.Tensor) -> None:

@@ -82,7 +82,9 @@ class TextSideMixin:
         device = parameters[0].device
         check_tensors(input_ids=input_ids)
         input_ids = input_ids.to(device)
-        attention_mask = None if attention_mask is None else attention_mask.to(device)
+        if attention_mask is not None:
+            check_tensors(attention_mask=attention_mask)
+            attention_mask = attention_mask.to(device)
 
         def compute() -> torch.Tensor:
             eos_token_id = self.text_tower[0].config.eos_token_id

@@ -522,6 +522,26 @@ class ModelTesterMixin:
             model(pixels, text_embeds=text.numpy())
         with pytest.raises(TypeError, match="input_ids must be a tensor, got list"):
             model(pixels, input_ids=[[[1, 2]]])
+        with pytest.raises(TypeError, match="attention_mask must be a tensor, got list"):
+            model(pixels, input_ids=torch.ones(1, 1, 2, dtype=torch.long), attention_mask=[[[1, 1]]])
+        with pytest.raises(TypeError, match="reshaped_input_sizes must be a tensor, got list"):
+            model(pixels, reshaped_input_sizes=[list(pixels.shape[-2:])], text_embeds=text)
+        with pytest.raises(TypeError, match="labels must be a tensor, got list"):
+            model(pixels, text_embeds=text, labels=self.labels().tolist())
+        with pytest.raises(TypeError, match="image_state is what encode_image returns, got dict"):
+            model(image_state={}, text_embeds=text)
+
+    def test_refuses_another_number_of_rows(self) -> None:
+        model = self.model()
+        inputs = {**self.pictures(2), "text_embeds": self.text(model)}
+        for name in ("original_sizes", "reshaped_input_sizes", "padded_sizes"):
+            for wrong in (inputs[name][:1], inputs[name][:, :1]):
+                with pytest.raises(ValueError, match=rf"{name} must be \[2, 2\], .*got \[{wrong.shape[0]}, "):
+                    model(**{**inputs, name: wrong})
+        with pytest.raises(ValueError, match=r"none of them 0; got \[0, 3"):
+            model(inputs["pixel_values"][:0], text_embeds=inputs["text_embeds"])
+        with pytest.raises(ValueError, match=r"sample_seeds must be \[2\].* got \[3\]"):
+            model.draws(torch.arange(3), 2)
 
     def test_refuses_unknown_switches(self) -> None:
         model = self.model()
@@ -539,6 +559,8 @@ class ModelTesterMixin:
             model(**inputs, labels=self.labels()[:, 1:])
         with pytest.raises(ValueError, match="class 255"):
             model(**inputs, labels=torch.full_like(self.labels(), 255))
+        with pytest.raises(TypeError, match=r"int64 class indices, got torch\.float32"):
+            model(**inputs, labels=self.labels().float())
 
     # ------------------------------------------------------------------ training
 
