@@ -629,7 +629,7 @@ def test_image_processor_passes_its_order_of_operations():
         (class_outputs(reshaped_input_sizes=None), {}, "pass target_sizes"),
         (class_outputs(), {"threshold": 1.5}, "threshold is a confidence in .0, 1., got 1.5"),
         (class_outputs(), {"background": [2, 7]}, r"background indices \[7\] are out of range: there are 7 classes"),
-        (class_outputs(), {"background": -1}, r"background indices \[-1\] are out of range"),
+        (class_outputs(), {"background": -1}, "no class with index -1"),
         (class_outputs(), {"background": "sky"}, r"background names \['sky'\]"),
         (class_outputs(), {"background": "no_object"}, "needs a method with a no-object class"),
         (class_outputs(score_function="tanh"), {}, "score_function must be"),
@@ -644,6 +644,12 @@ def test_image_processor_passes_its_order_of_operations():
 def test_bad_input(outputs, options, message):
     with pytest.raises(ValueError, match=message):
         post_process_semantic_segmentation(outputs, **options)
+
+
+@pytest.mark.parametrize("background", [1.7, [1.7], True, [None]])
+def test_a_background_class_is_an_index(background):
+    with pytest.raises(TypeError, match="is a label or an index, got"):
+        post_process_semantic_segmentation(class_outputs(), background=background)
 
 
 def test_nan_in_the_outputs():

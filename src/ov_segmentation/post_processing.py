@@ -24,7 +24,7 @@ from transformers.image_processing_outputs import SemanticSegmentationPostProces
 from .modeling_outputs import OpenVocabularySegmentationOutput
 from .score_argmax import LabelMap, draw_label_map, undominated_classes
 from .score_fields import ClassField, Field, MaskField, StitchedField
-from .vocabulary import NO_OBJECT
+from .vocabulary import NO_OBJECT, resolve_background
 
 UNLABELLED = -1
 
@@ -76,6 +76,7 @@ def post_process_semantic_segmentation(
     Raises:
         ValueError: outputs of neither family, with NaN, or with rows that are not pictures x views; a number of target
             sizes that differs from the number of pictures; a background index out of range; a threshold not in [0, 1].
+        TypeError: a background class that is no index.
     """
     if threshold is not None and not 0 <= threshold <= 1:
         raise ValueError(f"threshold is a confidence in [0, 1], got {threshold}.")
@@ -189,8 +190,8 @@ def _background(background: Background | None, num_classes: int, per_class: bool
     """The indices to fold, ascending, and whether no-object competes."""
     if background is None:
         return [], False
-    entries = [background] if isinstance(background, (int, str)) else list(background)
-    indices = sorted({int(entry) for entry in entries if not isinstance(entry, str)})
+    entries = [background] if isinstance(background, str) or not isinstance(background, Iterable) else list(background)
+    indices = resolve_background([entry for entry in entries if not isinstance(entry, str)], None) or []
     names = {entry for entry in entries if isinstance(entry, str)}
     if names - {NO_OBJECT}:
         raise ValueError(
@@ -199,7 +200,7 @@ def _background(background: Background | None, num_classes: int, per_class: bool
         )
     if names and per_class:
         raise ValueError('background="no_object" needs a method with a no-object class (OVSeg, SAN, DeOP).')
-    wrong = [index for index in indices if not 0 <= index < num_classes]
+    wrong = [index for index in indices if index >= num_classes]
     if wrong:
         raise ValueError(f"background indices {wrong} are out of range: there are {num_classes} classes.")
     return indices, bool(names)
