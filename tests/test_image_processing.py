@@ -103,6 +103,9 @@ def test_other_sizes():
     assert fixed([picture, noise(9, 9)])["reshaped_input_sizes"].tolist() == [[12, 14]] * 2
     with pytest.raises(ValueError, match=r"shortest_edge.*max_height"):
         processor(picture, size={"max_height": 3, "max_width": 3})
+    for size in (-5, {"height": 12, "width": -12}, {"shortest_edge": 10, "longest_edge": 0}):
+        with pytest.raises(ValueError, match="size must be"):
+            processor(picture, size=size)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 2000), (2000, 1)])

@@ -179,15 +179,16 @@ def resized_size(shape: tuple[int, int], size: SizeDict) -> tuple[int, int]:
     """Height and width after the resize; `shape` is the picture's (height, width).
 
     Raises:
-        ValueError: `size` names neither a short side nor a height and a width.
+        ValueError: `size` names neither a short side nor a height and a width, or a side of no pixel.
     """
-    if size.height and size.width:
-        return size.height, size.width
-    if not size.shortest_edge:
+    given = dict(size)
+    if any(side < 1 for side in given.values()) or not ("shortest_edge" in given or {"height", "width"} <= set(given)):
         raise ValueError(
             f'size must be {{"shortest_edge": s, "longest_edge": l}} (the cap is optional) or '
-            f'{{"height": h, "width": w}}, got {dict(size)}.'
+            f'{{"height": h, "width": w}}, in pixels; got {given}.'
         )
+    if size.height and size.width:
+        return size.height, size.width
     scale = size.shortest_edge / min(shape)
     sides = [float(size.shortest_edge) if side == min(shape) else scale * side for side in shape]
     if size.longest_edge and max(sides) > size.longest_edge:
