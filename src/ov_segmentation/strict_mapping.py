@@ -96,8 +96,7 @@ def _convert_union(value: Any, members: tuple[Any, ...], where: str) -> Any:
             return convert(value, member, where)
         except RecipeError as error:
             errors.append(str(error))
-    # the last alternative that is a mapping knows most about what is wrong inside it
-    raise RecipeError(errors[0] if len(errors) == 1 else "; or ".join(errors))
+    raise RecipeError("; or ".join(errors))
 
 
 def _convert_scalar(value: Any, annotation: type, where: str) -> Any:

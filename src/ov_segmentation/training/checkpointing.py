@@ -14,7 +14,7 @@ from accelerate import Accelerator, DistributedType
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from ..atomic_files import TEMPORARY, publish
+from ..atomic_files import TEMPORARY, full_disk_message, publish
 
 PREFIX = "step-"
 WEIGHTS, OPTIMIZER, STATE = "model.safetensors", "optimizer.pt", "state.json"
@@ -147,11 +147,7 @@ def atomic_folder(final: Path, write: Callable[[Path], None]) -> None:
         publish(partial, final)
     except (OSError, RuntimeError, SafetensorError) as error:  # each library has its own error for a full disk
         shutil.rmtree(partial, ignore_errors=True)
-        free = shutil.disk_usage(final.parent if final.parent.exists() else Path.cwd()).free
-        raise CheckpointError(
-            f"{final} could not be written: {error}. {free / 1e6:.0f} MB are free there. What was saved before is "
-            f"intact: make room and start the same command again to continue from it."
-        ) from error
+        raise CheckpointError(full_disk_message(final, error)) from error
 
 
 def _write(
