@@ -33,7 +33,7 @@ setup(
     license="Apache-2.0",
     package_dir={"": "src"},
     packages=find_packages("src"),
-    package_data={"ov_segmentation": ["vocabularies/*.json", "data/*.json", "cards/*.md"]},
+    package_data={"ov_segmentation": ["vocabularies/*.json", "data/*.json", "cards/*.md", "py.typed"]},
     python_requires=">=3.10",
     install_requires=[
         "huggingface_hub>=2.0",

@@ -141,10 +141,12 @@ def test_wheel_holds_the_package_and_its_data(wheel):
     with zipfile.ZipFile(wheel) as archive:
         inside = {name for name in archive.namelist() if not name.split("/")[0].endswith(".dist-info")}
     source = wheel.parents[1] / "src"
-    expected = [path for pattern in ("*.py", "*.json", "*.md") for path in (source / "ov_segmentation").rglob(pattern)]
+    patterns = ("*.py", "*.json", "*.md", "py.typed")
+    expected = [path for pattern in patterns for path in (source / "ov_segmentation").rglob(pattern)]
     assert inside == {str(path.relative_to(source)) for path in expected}
     assert any(name.startswith("ov_segmentation/vocabularies/") for name in inside)
     assert "ov_segmentation/cards/checkpoint.md" in inside
+    assert "ov_segmentation/py.typed" in inside  # without it a type checker does not read the annotations
 
 
 def test_wheel_has_the_console_command(wheel):
