@@ -44,6 +44,13 @@ def picture():
     return block_pictures((60, 90))[0]
 
 
+def test_a_model_in_training_is_in_training_again(segment, picture):
+    expected = segment(picture)
+    segment.model.train()
+    assert np.array_equal(segment(picture)["segmentation"], expected["segmentation"])
+    assert segment.model.training
+
+
 # ---------------------------------------------------------------------- where pictures come from
 
 

@@ -149,7 +149,7 @@ def test_background_that_cannot_be_used(background, error):
 
 
 def test_background_name_needs_labels():
-    assert resolve_background([4, 2], None) == [2, 4]
+    assert resolve_background([8, 1], None) == [1, 8]
     with pytest.raises(ValueError, match="labels="):
         resolve_background(["wall"], None)
 
