@@ -9,11 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from huggingface_hub import ModelCard, constants
+from huggingface_hub import CommitOperationDelete, ModelCard, constants
 from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError
 
 from ov_segmentation import ledger
 from ov_segmentation.download_errors import loading_explained
+from ov_segmentation.hub import commit_files
 from tests import official_trees
 from tests.hub_server import TOKEN, HubServer
 from tests.parity.hparams import build
@@ -23,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CHECKPOINT = ROOT / "assets" / "san_scenes"
 ORIGINAL = ROOT / "tests" / "fixtures" / "san" / "case_a"
 WEIGHTS = "model.safetensors"
+SHARDS = "model.safetensors.index.json"
 NAMES = ["red striped circle", "gray grainy ground"]
 MODEL_FILES = {"README.md", "config.json", WEIGHTS}
 PROCESSOR_FILES = {"processor_config.json", "tokenizer.json", "tokenizer_config.json"}
@@ -147,6 +149,20 @@ def test_a_converted_checkpoint_is_pushed_with_its_card(hub, pushed):
     for repo_id in ("somebody/converted", "somebody/again"):  # again: loaded from the folder and pushed
         card = ModelCard(hub.model(repo_id).files()["README.md"].decode())
         assert "Converted from the authors' checkpoint" in card.text and "original.pth" in card.text
+
+
+@pytest.mark.parametrize(("name", "removed"), [(WEIGHTS, ["model-1.safetensors", SHARDS]), ("README.md", [])])
+def test_weights_of_an_earlier_push_go_with_the_new_ones(name, removed):
+    class Hub:
+        def list_repo_files(self, repo_id, revision):
+            return ["config.json", "model-1.safetensors", SHARDS, "onnx/model.safetensors"]
+
+        def create_commit(self, repo_id, operations, **options):
+            return operations
+
+    operations = commit_files(Hub(), "somebody/shards", {name: b"new"}, message="m")
+    assert [one.path_in_repo for one in operations] == [name, *removed]
+    assert all(isinstance(one, CommitOperationDelete) for one in operations[1:])
 
 
 def test_what_cannot_be_pushed_says_what_to_do(hub, pushed):
