@@ -60,6 +60,8 @@ def _joined(values: Sequence[Any]) -> Any:
 class OpenVocabularySegmentationOutput(ModelOutput):
     """Output of every `<X>ForOpenVocabularySegmentation`. B pictures, K classes, N mask queries, V sliding views.
 
+    With a sliding window every field that has a row for each picture has B*V rows, row b*V + v; sizes keep B.
+
     Args:
         loss: scalar, when `labels` were given.
         loss_dict: the weighted terms that `loss` sums.
@@ -67,9 +69,9 @@ class OpenVocabularySegmentationOutput(ModelOutput):
         masks_queries_logits: `[B, N, h, w]`, mask family.
         class_queries_scores: `[B, N, K]`, mask family: non-negative weights of the semantic merge.
         mask_threshold: None, or the number that sigmoid(mask) must exceed to count as 1 in the merge.
-        logits: `[B, K, h, w]`, per-class family (`[B*V, K, h, w]` with a sliding window, row b*V + v).
+        logits: `[B, K, h, w]`, per-class family.
         score_function: "sigmoid" or "softmax", per-class family.
-        kept_classes: bool `[B, K]` (`[B*V, K]`); False scores exactly 0 in post-processing.
+        kept_classes: bool `[B, K]`; False scores exactly 0 in post-processing.
         view_boxes: `[V, 4]` (x0, y0, x1, y1) in canvas pixels.
         canvas_size: (height, width) of the canvas.
         text_embeds: `[K, D]` or `[K, P, D]`, L2-normalised.
@@ -78,7 +80,7 @@ class OpenVocabularySegmentationOutput(ModelOutput):
         padded_sizes: `[B, 2]`.
         hidden_states: on request.
         attentions: on request.
-        maps: on request, name -> tensor: what the method looked at (attention biases, cost maps, heatmaps ...).
+        maps: on request, name -> tensor: what the method looked at; the model's class says what it has.
     """
 
     loss: torch.Tensor | None = None

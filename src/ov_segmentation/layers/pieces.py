@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
@@ -41,6 +41,13 @@ def items_at_once(tensor: torch.Tensor, elements_per_item: int) -> int | None:
 def runs_in_pieces(tensor: torch.Tensor) -> bool:
     """Whether it pays to treat a large `tensor` in pieces: on a CPU, without gradients, not in a compiler."""
     return not torch.compiler.is_compiling() and tensor.device.type == "cpu" and not torch.is_grad_enabled()
+
+
+def row_slices(rows: int, num_classes: int, chunk_size: int | None) -> Iterator[slice]:
+    """Rows that run together: as many as have `chunk_size` classes between them, at least one."""
+    at_once = max(1, chunk_size // num_classes) if chunk_size else rows
+    for start in range(0, rows, at_once):
+        yield slice(start, start + at_once)
 
 
 def joined(parts: Iterable[torch.Tensor], length: int) -> torch.Tensor:

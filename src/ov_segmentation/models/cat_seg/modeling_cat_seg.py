@@ -22,7 +22,7 @@ from ...layers.initialization import init_torch_defaults
 from ...layers.labelled_classes import labelled_first
 from ...layers.linear_attention import ClassAttention, ClassSums, add_pooled, pool_positions, pooling_side, repeated
 from ...layers.one_channel import one_channel
-from ...layers.pieces import joined
+from ...layers.pieces import joined, row_slices
 from ...layers.projected_skip import ProjectedSkip
 from ...layers.upsampling import GuidedUpsampling, PreparedUpsampling
 from ...losses_per_class import add_per_class_loss
@@ -122,6 +122,10 @@ class CATSegForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
     """CAT-Seg (Cho et al., CVPR 2024): one logit map per class from aggregated image-text cosines.
 
     With `class_chunk_size=None` and `max_classes=None` an exported program takes any number of classes.
+
+    On request: `hidden_states` are the features `[B, K, h*w, C]` before the first aggregation layer and after each, of
+    the classes kept where `max_classes` leaves some out; `attentions` those `[B, heads, 1 + h*w, 1 + h*w]` of CLIP's
+    blocks but the last; `maps` holds "correlation" `[B, K, h, w]`, the mean cosine of a class's prompts.
     """
 
     config: CATSegConfig
@@ -220,7 +224,7 @@ class CATSegForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
 
         def aggregated() -> Iterator[torch.Tensor]:
             num_classes = text.shape[0] if kept is None else max_classes
-            for rows in _row_slices(cost.shape[0], num_classes, class_chunk_size):
+            for rows in row_slices(cost.shape[0], num_classes, class_chunk_size):
                 row_cost, row_text = cost[rows], text.expand(cost[rows].shape[0], -1, -1)
                 if kept is not None:
                     row_cost = row_cost.gather(1, kept[rows][:, :, None, None, None].expand(-1, -1, *cost.shape[2:]))
@@ -293,13 +297,6 @@ class CATSegForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
                 f"{text_embeds.shape[1]}: use its own processor, or as many prompt templates."
             )
         check_positive(max_classes=max_classes, class_chunk_size=chunk_size)
-
-
-def _row_slices(rows: int, num_classes: int, chunk_size: int | None) -> Iterator[slice]:
-    """Rows that run together: as many as have `chunk_size` classes between them, at least one."""
-    at_once = max(1, chunk_size // num_classes) if chunk_size else rows
-    for start in range(0, rows, at_once):
-        yield slice(start, start + at_once)
 
 
 __all__ = ["CATSegForOpenVocabularySegmentation", "CATSegImageState"]

@@ -56,6 +56,11 @@ class ESCNetForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
 
     Which classes are rejected depends on values, which a graph cannot: compile and export with `rejection_top_k=None`
     and `max_classes=None`. With `class_chunk_size=None` an exported program takes any number of classes.
+
+    On request: `hidden_states` are the features `[B, K, h*w, C]` before the first block and after each; `attentions`
+    those `[B, heads, 1 + h*w, 1 + h*w]` of CLIP's blocks but the last; `maps` holds "correlation" and, of block i,
+    "mask_prompt_i" and "activation_i" `[B, K, h, w]`, and "point_prompt_i" `[B, K, n, 3]`: x, y, and whether it is one.
+    All but the correlation are 0 for classes that are rejected.
     """
 
     config: ESCNetConfig

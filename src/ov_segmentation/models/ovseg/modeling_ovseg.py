@@ -54,6 +54,9 @@ class OVSegForOpenVocabularySegmentation(LearnedPromptMixin, OpenVocabularySegme
 
     How many crops CLIP sees depends on the picture, which a graph cannot: compile and export with
     `ensemble_weight=None`, the proposals' own classification.
+
+    `maps`: "valid_proposals" bool `[B, N]`, masks that are not empty, and "crop_features" `[B, N, D]`, what CLIP sees
+    in them; neither with `ensemble_weight=None`.
     """
 
     config: OVSegConfig

@@ -23,7 +23,7 @@ from ...layers.dense_clip import dense_clip_features
 from ...layers.initialization import init_torch_defaults
 from ...layers.linear_attention import pooling_side
 from ...layers.picture_stretching import stretch_pictures
-from ...layers.pieces import joined
+from ...layers.pieces import joined, row_slices
 from ...layers.sliding_window import each_view, resize, split_pictures, view_batches, view_boxes
 from ...layers.sub_models import build_sub_model
 from ...losses_per_class import per_class_cross_entropy
@@ -70,6 +70,10 @@ class SEDForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
 
     Early rejection depends on values, which a graph cannot: compile and export with `rejection_top_k=None`. With
     `class_chunk_size=None` an exported program takes any number of classes.
+
+    On request: `hidden_states` are the encoder's maps `[B, C, h, w]`, the largest first (of the plain encoder those of
+    `skip_layers`); `maps` holds "cost_map" `[B, K, P, h, w]` and "auxiliary_logits_0", ... `[B, K, h, w]`, those of the
+    decoder's earlier heads.
     """
 
     config: SEDConfig
@@ -302,7 +306,7 @@ class SEDForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
         kept, of_heads = [], []
 
         def decoded() -> Iterator[torch.Tensor]:
-            for rows in _row_slices(len(state.dense_features), text_embeds.shape[0], class_chunk_size):
+            for rows in row_slices(len(state.dense_features), text_embeds.shape[0], class_chunk_size):
                 found = self.decoder(
                     state.dense_features[rows],
                     [guidance[rows] for guidance in state.image_guidance or ()],
@@ -372,13 +376,6 @@ class SEDForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
         check_positive(rejection_top_k=top_k, class_chunk_size=chunk_size)
         if self.training and top_k is not None:
             raise ValueError("Category early rejection is for inference: pass rejection_top_k=None in training.")
-
-
-def _row_slices(rows: int, num_classes: int, chunk_size: int | None) -> Iterator[slice]:
-    """Rows that run together: as many as have `chunk_size` classes between them, at least one."""
-    at_once = max(1, chunk_size // num_classes) if chunk_size else rows
-    for start in range(0, rows, at_once):
-        yield slice(start, start + at_once)
 
 
 def _renumbered(labels: torch.Tensor, chosen: torch.Tensor, num_classes: int) -> torch.Tensor:
