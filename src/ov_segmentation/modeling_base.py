@@ -65,6 +65,10 @@ class OpenVocabularySegmentationModel(PushToHub, FromCLIPMixin, TextSideMixin, P
 
     def __init__(self, config: OpenVocabularySegmentationConfig, *args: Any, **kwargs: Any) -> None:
         keep_freed_memory()
+        if isinstance(config, PreTrainedConfig) and not isinstance(config, self.config_class):
+            raise TypeError(
+                f"{type(self).__name__} needs a {self.config_class.__name__}, got a {type(config).__name__}."
+            )
         super().__init__(config, *args, **kwargs)
         self._text_cache = TextEmbeddingCache()
 

@@ -17,6 +17,7 @@ from transformers.modeling_utils import local_torch_dtype
 
 from ov_segmentation import AutoModelForOpenVocabularySegmentation
 from ov_segmentation.auto import load_class
+from ov_segmentation.download_errors import LoadingError
 from ov_segmentation.layers.clip_stem import CLIPModelWithStem, CLIPStem
 from ov_segmentation.modeling_base import OpenVocabularySegmentationModel
 from ov_segmentation.modeling_outputs import OpenVocabularySegmentationOutput
@@ -317,6 +318,11 @@ class ModelTesterMixin:
         (tmp_path / "config.json").write_text(text.replace(f'"{config.model_type}"', '"another_method"'))
         with pytest.raises(ValueError, match="another_method"):
             self.model_class.from_pretrained(tmp_path)
+
+    def test_refuses_a_configuration_of_another_method(self) -> None:
+        other = "SED" if self.name == "SAN" else "SAN"
+        with pytest.raises(TypeError, match=f"needs a {self.name}Config, got a {other}Config"):
+            self.model_class(load_class(f"{other}Config")())
 
     def test_can_be_built_without_memory(self) -> None:
         with torch.device("meta"):
@@ -719,6 +725,10 @@ class FromCLIPTesterMixin:
         trained = {name for name, p in model.named_parameters() if p.requires_grad}
         assert trained
         self.run(model.eval())
+
+    def test_from_clip_says_what_is_not_there(self) -> None:
+        with pytest.raises(LoadingError, match="nowhere/at-all is no folder here"):
+            self.model_class.from_clip("nowhere/at-all", **self.clip_values)
 
     def test_from_clip_is_in_float32_around_a_clip_of_half_precision(self, tmp_path: Path) -> None:
         self.clip().bfloat16().save_pretrained(tmp_path)

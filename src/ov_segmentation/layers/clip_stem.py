@@ -14,6 +14,8 @@ from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 
+from ..download_errors import loading_explained
+
 
 @strict
 class CLIPStemConfig(PreTrainedConfig):
@@ -181,8 +183,10 @@ def load_clip(
 
     Raises:
         ValueError: the checkpoint leaves weights unset.
+        LoadingError: what cannot be found or downloaded.
     """
-    model, info = CLIPModelWithStem.from_pretrained(name_or_path, output_loading_info=True, **kwargs)
+    with loading_explained(name_or_path):
+        model, info = CLIPModelWithStem.from_pretrained(name_or_path, output_loading_info=True, **kwargs)
     missing = sorted(info["missing_keys"])
     if missing and not allow_missing_keys:
         raise ValueError(
