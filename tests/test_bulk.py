@@ -16,11 +16,13 @@ from transformers import pipeline
 
 from examples.segment_dataset import main
 from ov_segmentation.bulk.pictures import output_names
+from ov_segmentation.bulk.results import LabelMapDataset, Segmented
 from ov_segmentation.data.datasets import load_segmentation_data
 from ov_segmentation.label_maps import read_label_map
 from ov_segmentation.models.san.image_processing_san import SANImageProcessor
 from ov_segmentation.models.san.processing_san import SANProcessor
 from ov_segmentation.visualization import color_palette
+from ov_segmentation.vocabulary import Vocabulary
 from tests.kills import contents
 from tests.models.test_san import TestSAN as Tiny
 from tests.tiny import TOKENIZER, tiny_pictures
@@ -289,3 +291,13 @@ def test_two_processes_share_the_work(model, album, tmp_path):
     assert "4 of 5 pictures segmented (1 before)." in done.stdout, done.stderr[-3000:]
     assert "bad.png: cannot read" in done.stderr
     assert contents(tmp_path / "two/label_maps") == contents(tmp_path / "one/label_maps")
+
+
+def test_a_shard_is_done_when_its_pictures_are_there(tmp_path):
+    """A kill may leave the summary alone, which is written first."""
+    results = LabelMapDataset(tmp_path, ["a.png"], Vocabulary(["road"]))
+    results.write(0, [results.pack(Segmented(0, "a.png", problem="broken"))])
+    assert results.is_done(0)
+    assert results.problems(0) == [{"picture": "a.png", "problem": "broken"}]
+    next((tmp_path / "data").iterdir()).unlink()
+    assert not results.is_done(0)
