@@ -139,9 +139,10 @@ def run_loop(values: Mapping[str, Any], output: Path, timer: StepTimer, threads:
 
 def run_clip(values: Mapping[str, Any], output: Path, timer: StepTimer, threads: int) -> None:
     """Contrastive training of a small CLIP; loading: crops, captions, and scenes made anew."""
+    from ov_segmentation.strict_mapping import from_mapping
     from ov_segmentation.training import contrastive
 
-    recipe = contrastive.ContrastiveRecipe(**{**values, "eval_scenes": 8})
+    recipe = from_mapping(contrastive.ContrastiveRecipe, {**values, "eval_scenes": 8})
     crops = contrastive.SceneCrops
     with (
         mock.patch.object(crops, "sample", timer.loads(crops.sample)),
@@ -152,12 +153,12 @@ def run_clip(values: Mapping[str, Any], output: Path, timer: StepTimer, threads:
 
 def run_sam(values: Mapping[str, Any], output: Path, timer: StepTimer, threads: int) -> None:
     """Training of a small SAM; loading: the making of scenes."""
+    from ov_segmentation.data.scenes import SceneGenerator
     from ov_segmentation.strict_mapping import from_mapping
     from ov_segmentation.training import sam_training
 
     recipe = from_mapping(sam_training.SamRecipe, {**values, "eval_scenes": 16})
-    generator = sam_training.SceneGenerator
-    with mock.patch.object(generator, "render", timer.loads(generator.render)):
+    with mock.patch.object(SceneGenerator, "render", timer.loads(SceneGenerator.render)):
         sam_training.train_sam(recipe, output, progress_bar=False)
 
 

@@ -160,3 +160,5 @@ def test_a_wrong_recipe_says_so(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text(yaml.safe_dump({**yaml.safe_load(RECIPE.read_text()), "stepz": 3}))
     with pytest.raises(RecipeError, match="Did you mean 'steps'"):
         SamRecipe.from_yaml(tmp_path / "r.yaml")
+    with pytest.raises(RecipeError, match="autocast 'float16'"):
+        SamRecipe.from_yaml(RECIPE, autocast="float16")

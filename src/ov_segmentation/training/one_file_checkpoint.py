@@ -28,6 +28,7 @@ class OneFileState:
         seconds, cpu_seconds: spent on them, summed over the pieces of an interrupted run.
         losses: of the steps since the last line of the log.
         lines: of the log.
+        is_over: whether no step is left.
     """
 
     step: int = 0
@@ -35,6 +36,7 @@ class OneFileState:
     cpu_seconds: float = 0.0
     losses: list[float] = field(default_factory=list)
     lines: list[dict[str, Any]] = field(default_factory=list)
+    is_over: bool = False
 
 
 class OneFileFolder:
