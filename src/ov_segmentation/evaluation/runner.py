@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -87,10 +87,49 @@ def count_pixels(
         EvaluationError: `folder` holds another evaluation; pictures were lost (a stream that changed).
     """
     modes = (PLAIN, *oracles)
-    matrices = {mode: ConfusionMatrix(len(protocol.class_names)) for mode in modes}
     # first of all: a split that is not there shall claim no folder, nor empty one
     split = data.stream(protocol.split) if streaming else data.split(protocol.split, max_samples)
     state = EvaluationState(folder, accelerator.process_index)
+    before: dict[int, Record] = {}
+    if accelerator.is_main_process:
+        if restart:
+            state.remove()
+        before = state.open(_identity(model, protocol, place, columns, modes, proposal_recall, max_samples))
+    accelerator.wait_for_everyone()
+    done = set(broadcast_object_list([sorted(before)])[0])
+    share, total = _share(processor, protocol, split, accelerator, done, max_samples)
+    if isinstance(share, PictureShare):
+        _check_names(before, share)
+    matrices = {mode: ConfusionMatrix(len(protocol.class_names)) for mode in modes}
+    mine = []
+    for record in _records(
+        model,
+        processor,
+        protocol,
+        share,
+        accelerator.device,
+        modes,
+        proposal_recall,
+        num_workers,
+        text_cache,
+        lambda loader: progress(loader, len(share) if isinstance(share, PictureShare) else None, len(done)),
+    ):
+        state.append(record)
+        record.add_to(matrices)
+        mine.append((record.index, record.seconds, record.proposals))
+    return _gather(accelerator, matrices, mine, before.values(), total)
+
+
+def _identity(
+    model: Any,
+    protocol: EvaluationProtocol,
+    place: str,
+    columns: Mapping[str, Any] | None,
+    modes: Sequence[str],
+    proposal_recall: bool,
+    max_samples: int | None,
+) -> dict[str, Any]:
+    """What an evaluation is recognised by when it goes on."""
     identity = {
         "protocol": protocol.id,
         "model": weights_digest(model),
@@ -102,50 +141,69 @@ def count_pixels(
         identity["proposal_recall"] = True
     if columns:
         identity["columns"] = dict(columns)
-    before: dict[int, Record] = {}
-    if accelerator.is_main_process:
-        if restart:
-            state.remove()
-        before = state.open(identity)
-    accelerator.wait_for_everyone()
-    done = set(broadcast_object_list([sorted(before)])[0])
-    share, total = _share(processor, protocol, split, accelerator, done, max_samples)
-    if isinstance(share, PictureShare):
-        _check_names(before, share)
-    mine = []
-    if not isinstance(share, PictureShare) or len(share):
-        text = processor(text=protocol.vocabulary, return_tensors="pt").to(accelerator.device)
-        text_embeds = model.encode_vocabulary(**text, cache_folder=text_cache)
-        start = time.perf_counter()
-        for sample, outputs in predictions(
-            model,
-            text_embeds,
-            share,
-            accelerator.device,
-            switches=protocol.switches,
-            num_workers=num_workers,
-            progress=lambda loader: progress(
-                loader, len(share) if isinstance(share, PictureShare) else None, len(done)
-            ),
-        ):
-            single = {mode: ConfusionMatrix(len(protocol.class_names)) for mode in modes}
-            maps = _maps(outputs, sample.label_map, processor, protocol, modes)
-            for mode, label_map in maps.items():
-                single[mode].update(label_map, sample.label_map)
-            proposals = {}
-            if proposal_recall:
-                proposals = count_proposals(outputs, maps[PLAIN], sample.label_map, protocol.seen)
-            now = time.perf_counter()
-            record = Record.of(sample.index, sample.name, now - start, single, proposals)
-            start = now
-            state.append(record)
-            record.add_to(matrices)
-            mine.append((record.index, record.seconds, record.proposals))
+    return identity
+
+
+def _records(
+    model: Any,
+    processor: Any,
+    protocol: EvaluationProtocol,
+    share: PictureShare | PictureStream,
+    device: torch.device,
+    modes: Sequence[str],
+    proposal_recall: bool,
+    num_workers: int,
+    text_cache: str | None,
+    progress: Callable[[Any], Any],
+) -> Iterator[Record]:
+    """Predict and count this process's pictures, one after the other."""
+    if isinstance(share, PictureShare) and not len(share):
+        return
+    text = processor(text=protocol.vocabulary, return_tensors="pt").to(device)
+    text_embeds = model.encode_vocabulary(**text, cache_folder=text_cache)
+    start = time.perf_counter()
+    for sample, outputs in predictions(
+        model,
+        text_embeds,
+        share,
+        device,
+        switches=protocol.switches,
+        num_workers=num_workers,
+        progress=progress,
+    ):
+        maps = _maps(outputs, sample.label_map, processor, protocol, modes)
+        matrices = {mode: ConfusionMatrix(len(protocol.class_names)) for mode in modes}
+        for mode, label_map in maps.items():
+            matrices[mode].update(label_map, sample.label_map)
+        proposals = {}
+        if proposal_recall:
+            proposals = count_proposals(outputs, maps[PLAIN], sample.label_map, protocol.seen)
+        now = time.perf_counter()
+        record = Record.of(sample.index, sample.name, now - start, matrices, proposals)
+        start = now
+        yield record
+
+
+def _gather(
+    accelerator: Accelerator,
+    matrices: dict[str, ConfusionMatrix],
+    mine: list[tuple[int, float, dict[str, dict[str, int]]]],
+    before: Collection[Record],
+    total: int | None,
+) -> Counts:
+    """The sum over processes and what was counted before, if each picture is in it once.
+
+    Args:
+        matrices: of this process's pictures.
+        mine: index, seconds and proposals of each of them.
+        before: of the main process.
+        total: number of pictures; None: unknown.
+    """
     everyone = gather_object(mine)
     matrices = {mode: matrix.reduce(accelerator) for mode, matrix in matrices.items()}
-    for record in before.values():
+    for record in before:
         record.add_to(matrices)
-    indices = [*before, *(index for index, _, _ in everyone)]
+    indices = [*(record.index for record in before), *(index for index, _, _ in everyone)]
     if accelerator.is_main_process and (
         sorted(indices) != list(range(len(indices))) or len(indices) != (total or len(indices))
     ):
@@ -153,8 +211,8 @@ def count_pixels(
             f"{len(indices)} results for {total or 'an unknown number of'} pictures: the data set changed during the "
             f"evaluation. --resume never starts anew."
         )
-    seconds = sum(record.seconds for record in before.values()) + sum(seconds for _, seconds, _ in everyone)
-    found = [*(record.proposals for record in before.values()), *(proposals for _, _, proposals in everyone)]
+    seconds = sum(record.seconds for record in before) + sum(seconds for _, seconds, _ in everyone)
+    found = [*(record.proposals for record in before), *(proposals for _, _, proposals in everyone)]
     return Counts(matrices, len(indices), seconds, _sum_proposals(found))
 
 
