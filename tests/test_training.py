@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from PIL import Image
 from safetensors import safe_open
@@ -27,7 +28,7 @@ from ov_segmentation.models.san import convert_san
 from ov_segmentation.models.san.modeling_san import SANForOpenVocabularySegmentation
 from ov_segmentation.strict_mapping import RecipeError, from_mapping
 from ov_segmentation.training.building import build_model_and_processor, select_trainable
-from ov_segmentation.training.checkpointing import CheckpointError, CheckpointStore
+from ov_segmentation.training.checkpointing import CheckpointError, CheckpointStore, TrainingState
 from ov_segmentation.training.data_loading import BatchMaker, StepBatches, TrainingSamples, training_loader
 from ov_segmentation.training.loop import Terminated, train
 from ov_segmentation.training.optimization import build_optimizer, learning_rate_factor, parameter_settings
@@ -284,6 +285,22 @@ def test_log_holds_losses_rates_and_scores(whole_run):
         [1e-3 * (1 - s / 8) ** 0.9 for s in (3, 5, 7)]
     )
     assert [0 <= line["evaluation/miou"] <= 1 for line in lines if "evaluation/miou" in line] == [True, True]
+
+
+def test_a_checkpoint_holds_the_scale_of_fp16_gradients(tmp_path):
+    accelerator, model = Accelerator(cpu=True), torch.nn.Linear(2, 1)
+    optimizer = torch.optim.AdamW(model.parameters())
+    store = CheckpointStore(tmp_path, 1)
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
+    accelerator.scaler.scale(model(torch.ones(1, 2)).sum()).backward()
+    accelerator.scaler.step(optimizer)
+    accelerator.scaler.update()
+    saved = accelerator.scaler.state_dict()
+    assert (saved["scale"], saved["_growth_tracker"]) == (1024.0, 1)
+    store.save(accelerator, model, optimizer, TrainingState(step=1))
+    accelerator.scaler = torch.amp.GradScaler("cpu")
+    store.load(accelerator, model, optimizer, 1)
+    assert accelerator.scaler.state_dict() == saved
 
 
 def send_during_step(monkeypatch, step, number):
