@@ -162,3 +162,6 @@ def test_a_wrong_recipe_says_so(tmp_path: Path) -> None:
         SamRecipe.from_yaml(tmp_path / "r.yaml")
     with pytest.raises(RecipeError, match="autocast 'float16'"):
         SamRecipe.from_yaml(RECIPE, autocast="float16")
+    (tmp_path / "r.yaml").write_text("steps: [")
+    with pytest.raises(RecipeError, match="is not YAML"):
+        SamRecipe.from_yaml(tmp_path / "r.yaml")

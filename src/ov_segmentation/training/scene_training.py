@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
-import yaml
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
@@ -24,6 +23,7 @@ from ..data.scene_vocabulary import SceneVocabulary
 from ..data.scenes import SceneGenerator
 from ..strict_mapping import RecipeError, from_mapping
 from .one_file_checkpoint import OneFileFolder, OneFileState
+from .recipe import read_recipe
 from .run import TERMINATED, Terminated, termination_flag
 
 LOG_FILE = "train_log.jsonl"
@@ -80,7 +80,7 @@ class SceneRecipe:
     @classmethod
     def from_yaml(cls: type[R], path: str | Path, **overrides: Any) -> R:
         """Read a recipe; `overrides` that are not None win. `RecipeError` says what is wrong."""
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        values = read_recipe(path)
         given = {key: value for key, value in overrides.items() if value is not None}
         return from_mapping(cls, values | given if isinstance(values, dict) else values)
 
