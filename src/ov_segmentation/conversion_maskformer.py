@@ -9,16 +9,8 @@ import re
 from transformers import SwinConfig
 from transformers.models.swin.modeling_swin import SwinBackbone as TransformersSwinBackbone
 
-from .conversion import (
-    ConversionError,
-    Drop,
-    KeyRules,
-    Rule,
-    clip_rules,
-    load_converted,
-    read_checkpoint,
-    split_in_three,
-)
+from .conversion import ConversionError, Drop, KeyRules, Rule, load_converted, read_checkpoint, split_in_three
+from .conversion_clip import clip_rules
 from .layers.configuration_maskformer import MaskProposalConfig
 from .layers.maskformer import MaskProposalNetwork
 from .layers.swin_backbone import SwinBackbone

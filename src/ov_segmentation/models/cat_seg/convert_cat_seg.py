@@ -7,7 +7,8 @@ from collections.abc import Iterable
 
 import torch
 
-from ...conversion import Drop, KeyRules, Rule, clip_rules, load_converted, read_checkpoint
+from ...conversion import Drop, KeyRules, Rule, load_converted, read_checkpoint
+from ...conversion_clip import clip_rules
 from .configuration_cat_seg import CATSegConfig
 from .modeling_cat_seg import CATSegForOpenVocabularySegmentation
 

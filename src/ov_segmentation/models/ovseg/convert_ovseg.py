@@ -8,7 +8,8 @@ import warnings
 from collections.abc import Iterable
 from typing import Any
 
-from ...conversion import ConversionError, KeyRules, Rule, StateDict, clip_rules, load_converted, read_checkpoint
+from ...conversion import ConversionError, KeyRules, Rule, StateDict, load_converted, read_checkpoint
+from ...conversion_clip import clip_rules
 from ...conversion_maskformer import detectron2_rules, is_second_adapter
 from .configuration_ovseg import OVSegConfig
 from .modeling_ovseg import OVSegForOpenVocabularySegmentation

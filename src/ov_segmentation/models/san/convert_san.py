@@ -6,16 +6,8 @@ import os
 import re
 from collections.abc import Iterable
 
-from ...conversion import (
-    Drop,
-    KeyRules,
-    Rule,
-    clip_text_rules,
-    clip_vision_rules,
-    load_converted,
-    pointwise,
-    read_checkpoint,
-)
+from ...conversion import Drop, KeyRules, Rule, load_converted, pointwise, read_checkpoint
+from ...conversion_clip import clip_text_rules, clip_vision_rules
 from .configuration_san import SANConfig
 from .modeling_san import SANForOpenVocabularySegmentation
 

@@ -11,7 +11,8 @@ from typing import Any
 from transformers import CLIPModel, PreTrainedConfig
 from transformers.utils import cached_file
 
-from ...conversion import ConversionError, Drop, KeyRules, Rule, StateDict, clip_text_rules, read_checkpoint
+from ...conversion import ConversionError, Drop, KeyRules, Rule, StateDict, read_checkpoint
+from ...conversion_clip import clip_text_rules
 from ...layers.clip_stem import load_clip
 from ...layers.convnext_clip import ConvNextCLIPConfig, ConvNextCLIPModel, load_convnext_clip
 
