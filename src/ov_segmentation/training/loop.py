@@ -19,7 +19,8 @@ from .data_loading import BatchMaker, TrainingSamples
 from .lora import LoRARecipe, merge_lora
 from .randomness import HOLDOUT, derive_generator
 from .recipe import DataRecipe, Recipe
-from .run import Terminated, TrainingRun
+from .run import TrainingRun
+from .termination import Terminated
 
 
 def train(recipe: Recipe, output: str | Path, resume: str = "auto", command: str = "") -> dict[str, Any]:

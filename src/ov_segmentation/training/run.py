@@ -7,12 +7,10 @@ same weights and the same log (bit by bit on a CPU with the same number of threa
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import math
-import signal
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -35,20 +33,13 @@ from .optimization import build_optimizer, learning_rate_factor, set_learning_ra
 from .randomness import seed_step
 from .run_folder import CHECKPOINTS, RunFolder
 from .sharding import make_shardable, whole_weights
+from .termination import TERMINATED, Terminated, termination_flag
 from .trackers import JSONLinesTracker, build_trackers
-
-TERMINATED = 128 + signal.SIGTERM
-"""Exit status of a run that was asked to stop by SIGTERM, saved, and can be continued."""
-
 
 DIVERGED = (
     "Lower the learning rate, clip the gradient (clip_grad_norm), or train in full precision (precision: no). The last "
     "checkpoint is intact."
 )
-
-
-class Terminated(SystemExit):
-    """Raised after a checkpoint was written because of SIGTERM."""
 
 
 class TrainingRun:
@@ -385,18 +376,3 @@ def deepspeed_values(recipe: Any, processes: int) -> dict[str, Any]:
         # none is written as zero
         "gradient_clipping": recipe.clip_grad_norm or 0.0,
     }
-
-
-@contextlib.contextmanager
-def termination_flag() -> Iterable[list[bool]]:
-    """A one-element list that becomes [True] when SIGTERM arrives; the handler before it is put back at the end."""
-    flag = [False]
-
-    def note(signum: int, frame: Any) -> None:
-        flag[0] = True
-
-    before = signal.signal(signal.SIGTERM, note)
-    try:
-        yield flag
-    finally:
-        signal.signal(signal.SIGTERM, before)

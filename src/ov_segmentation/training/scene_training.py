@@ -24,7 +24,7 @@ from ..data.scenes import SceneGenerator
 from ..strict_mapping import RecipeError, from_mapping
 from .one_file_checkpoint import OneFileFolder, OneFileState
 from .recipe import read_recipe
-from .run import TERMINATED, Terminated, termination_flag
+from .termination import TERMINATED, Terminated, termination_flag
 
 LOG_FILE = "train_log.jsonl"
 R = TypeVar("R", bound="SceneRecipe")
