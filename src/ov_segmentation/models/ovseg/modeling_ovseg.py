@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import copy
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import interpolate, normalize
+from torch.nn.functional import interpolate
 from transformers import CLIPConfig, CLIPModel
 from transformers import initialization as init
-from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from ...configuration_base import check_positive
 from ...conversion_maskformer import load_backbone_weights
 from ...layers.cosine_classifier import cosine_logits
 from ...layers.learned_prompts import LearnedPrompt, LearnedPromptMixin, read_learned_prompt
-from ...layers.mask_crops import CropGrid, crop_for_clip, mask_boxes
-from ...layers.mask_prompts import DeepPrompts, MaskPrompts, encode_crops
+from ...layers.mask_prompts import DeepPrompts, MaskPrompts
 from ...layers.maskformer import MaskProposalNetwork, MaskProposals, init_mask_proposal_weights
 from ...layers.sliding_window import each_view, encode_each, split_pictures, view_boxes
 from ...losses import MaskClassificationCriterion, Prediction, sum_losses
@@ -28,6 +24,7 @@ from ...modeling_base import OpenVocabularySegmentationModel
 from ...modeling_outputs import ImageState, OpenVocabularySegmentationOutput
 from ...offloading import with_weights_at_hand
 from .configuration_ovseg import OVSegConfig, check_ensemble_weight
+from .masked_crops import MaskedCropsMixin
 
 
 @dataclass
@@ -49,7 +46,7 @@ class OVSegImageState(ImageState):
     auxiliary: list[MaskProposals] | None = None
 
 
-class OVSegForOpenVocabularySegmentation(LearnedPromptMixin, OpenVocabularySegmentationModel):
+class OVSegForOpenVocabularySegmentation(MaskedCropsMixin, LearnedPromptMixin, OpenVocabularySegmentationModel):
     """OVSeg (Liang et al., 2023); with `prompt_type="none"` SimBaseline (Xu et al., 2022).
 
     How many crops CLIP sees depends on the picture, which a graph cannot: compile and export with
@@ -128,40 +125,6 @@ class OVSegForOpenVocabularySegmentation(LearnedPromptMixin, OpenVocabularySegme
             load_backbone_weights(model.proposal_network, backbone)
         return model
 
-    def _build_visual_prompts(self) -> MaskPrompts | DeepPrompts | None:
-        config, vision = self.config, self.config.clip_config.vision_config
-        if config.prompt_type == "mask":
-            return MaskPrompts(config.prompt_depth, (config.crop_size // vision.patch_size) ** 2, vision.hidden_size)
-        if config.prompt_type == "deep":
-            return DeepPrompts(config.prompt_depth, config.num_deep_prompts, vision.hidden_size)
-        return None
-
-    def set_visual_prompts(
-        self, prompt_type: str, depth: int | None = None, num_deep_prompts: int | None = None
-    ) -> None:
-        """Take the visual prompts off ("none"), or put new, randomly initialised ones in their place.
-
-        Args:
-            prompt_type: "mask", "deep" or "none".
-            depth, num_deep_prompts: see the configuration, whose values they replace; None keeps those.
-
-        Raises:
-            ValueError: values that do not fit CLIP. The model is then as it was.
-        """
-        changes = {"prompt_type": prompt_type, "prompt_depth": depth, "num_deep_prompts": num_deep_prompts}
-        changes = {name: value for name, value in changes.items() if value is not None}
-        tried = copy.deepcopy(self.config)
-        for config in (tried, self.config):
-            for name, value in changes.items():
-                setattr(config, name, value)
-            config.validate()
-        prompts = self._build_visual_prompts()
-        if prompts is not None:
-            prompts.to(self.device, self.dtype)
-            self._init_weights(prompts)
-        self.visual_prompts = prompts
-        self.freeze_pretrained()
-
     def freeze_pretrained(self) -> None:
         """MaskFormer's part is trained here (section 3.1); CLIP and its prompts have a training of their own."""
         self.requires_grad_(True)
@@ -238,68 +201,11 @@ class OVSegForOpenVocabularySegmentation(LearnedPromptMixin, OpenVocabularySegme
             for logits, size in zip(proposals.mask_logits, reshaped_input_sizes.tolist(), strict=True)
         ]
 
-    @with_weights_at_hand
-    def encode_masks(
-        self, pixel_values: torch.Tensor, masks: list[torch.Tensor], crop_batch_size: int | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What CLIP sees in given masks.
-
-        Args:
-            pixel_values: `[B, 3, H, W]` from the image processor.
-            masks: bool `[N, h, w]` for each picture, at the size of the resized picture; the same N for all.
-            crop_batch_size: masks that go through CLIP at once; None: all.
-
-        Returns:
-            Features `[B, N, D]` float32, L2-normalised, zero for empty masks; and which masks are not empty, `[B, N]`.
-        """
-        pictures = self._clip_pixels(pixel_values.to(self.device, self.dtype))
-        masks = [m.to(self.device) for m in masks]
-        sizes = [list(m.shape[-2:]) for m in masks]
-        valid = torch.stack([m.flatten(1).any(dim=1) for m in masks])
-        features = torch.zeros(*valid.shape, self.embedding_size, device=valid.device)
-        which = valid.nonzero()
-        chunk = crop_batch_size or max(len(which), 1)
-        found = [
-            self._encode_crops(*self._crop_chunk(pictures, masks, sizes, rows))
-            for rows in which.split(chunk)
-            if len(rows)
-        ]
-        if found:
-            features[valid] = torch.cat(found)
-        return features, valid
-
-    def _clip_pixels(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """`pixel_values` with CLIP's normalisation in place of MaskFormer's."""
-
-        def constant(values: Any) -> torch.Tensor:
-            return torch.tensor(values, device=pixel_values.device, dtype=torch.float32)[:, None, None]
-
-        ours = constant(self.config.image_mean), constant(self.config.image_std)
-        clips = constant(OPENAI_CLIP_MEAN), constant(OPENAI_CLIP_STD)
-        return ((pixel_values.float() * ours[1] + ours[0] - clips[0]) / clips[1]).to(pixel_values.dtype)
-
     def _binary_masks(self, mask_logits: torch.Tensor, padded: torch.Size, size: list[int]) -> torch.Tensor:
         """Bool `[N, H, W]` at the size of the resized picture: sigmoid above the threshold."""
         logits = interpolate(mask_logits[None].float(), size=padded, mode="bilinear", align_corners=False)[0]
         threshold = torch.tensor(self.config.mask_threshold, dtype=torch.float64).logit().item()
         return logits[:, : size[0], : size[1]] > threshold
-
-    def _crop_chunk(
-        self, pictures: torch.Tensor, masks: list[torch.Tensor], sizes: list[list[int]], rows: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Crops and their masks of the proposals `rows` `[n, 2]` (picture, query)."""
-        parts = [self._crop(pictures[i], masks[i][queries], sizes[i]) for i, queries in _by_picture(rows)]
-        return torch.cat([crops for crops, _ in parts]), torch.cat([crop_masks for _, crop_masks in parts])
-
-    def _crop(self, picture: torch.Tensor, masks: torch.Tensor, size: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        boxes = mask_boxes(masks, self.config.mask_expand_ratio)
-        picture = picture[:, : size[0], : size[1]]
-        return crop_for_clip(picture, masks, CropGrid.of(boxes, self.config.crop_size), self.config.mask_fill)
-
-    def _encode_crops(self, crops: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
-        features = encode_crops(self.clip.vision_model, self.clip.visual_projection, crops, masks, self.visual_prompts)
-        # float32: logits are a hundred times these, which half precision would blur
-        return normalize(features.float(), dim=-1)
 
     # ------------------------------------------------------------------ classes
 
@@ -379,12 +285,6 @@ class OVSegForOpenVocabularySegmentation(LearnedPromptMixin, OpenVocabularySegme
             logits = self._proposal_logits(proposals.embeddings, text_embeds)
             predictions.append(Prediction(f"_{index}", logits, proposals.mask_logits))
         return self.criterion(predictions, labels, self.draws(sample_seeds, len(labels)))
-
-
-def _by_picture(rows: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
-    """Split rows (picture, query), sorted by picture, into (picture, queries)."""
-    pictures, counts = rows[:, 0].unique_consecutive(return_counts=True)
-    yield from zip(pictures.tolist(), rows[:, 1].split(counts.tolist()), strict=True)
 
 
 __all__ = ["OVSegForOpenVocabularySegmentation", "OVSegImageState"]
