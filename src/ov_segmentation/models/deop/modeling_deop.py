@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import interpolate, normalize
+from torch.nn.functional import normalize
 from transformers import CLIPConfig, CLIPModel
 from transformers import initialization as init
 
@@ -23,14 +23,14 @@ from ...layers.picture_stretching import stretch_pictures
 from ...layers.sam_vision_attention import replace_sam_attention
 from ...layers.sliding_window import each_view, encode_each, split_pictures, view_boxes
 from ...layers.sub_models import build_sub_model
-from ...losses import MaskClassificationCriterion, Prediction, sum_losses
+from ...losses import MaskClassificationCriterion, sum_losses
 from ...modeling_base import OpenVocabularySegmentationModel
 from ...modeling_outputs import ImageState, OpenVocabularySegmentationOutput
 from .configuration_deop import DeOPConfig
 from .plain_clip import TrainingFreeMixin
 from .proposals import given_proposals, sam_proposals
-from .severed_clip import PromptTable, VisualPrompts, severed_clip_tokens
-from .stage_losses import fill_outside, fused_map_losses, region_classes, region_features, region_losses
+from .severed_clip import PromptTable, SeveredClipMixin, VisualPrompts
+from .stage_losses import fused_map_losses
 from .training_stages import TrainingStagesMixin
 
 
@@ -56,7 +56,7 @@ class DeOPImageState(ImageState):
 
 
 class DeOPForOpenVocabularySegmentation(
-    TrainingFreeMixin, TrainingStagesMixin, LearnedPromptMixin, OpenVocabularySegmentationModel
+    SeveredClipMixin, TrainingFreeMixin, TrainingStagesMixin, LearnedPromptMixin, OpenVocabularySegmentationModel
 ):
     """DeOP (Han et al., 2023). `maps`: "heatmaps" `[B, heads, N, gh, gw]` and "clip_map" `[B, D, gh, gw]`.
 
@@ -273,42 +273,6 @@ class DeOPForOpenVocabularySegmentation(
             f'"none", or a tensor of masks [B, N, h, w].'
         )
 
-    def _on_grid(self, masks: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-        """`[B, N, h, w]` on CLIP's grid: as released, bilinear samples; for other masks the share of each patch, since
-        samples would miss small ones."""
-        if self.config.proposals == "maskformer":
-            return interpolate(masks.float(), size=tuple(grid), mode="bilinear", align_corners=False).to(masks.dtype)
-        return interpolate(masks.float(), size=tuple(grid), mode="area").to(masks.dtype)
-
-    def clip_map(self, pixel_values: torch.Tensor, mask_logits: torch.Tensor | None) -> torch.Tensor:
-        """CLIP's L2-normalised feature of each patch, `[B, D, gh, gw]`; see `patch_features`."""
-        return normalize(self.patch_features(pixel_values, mask_logits), dim=1)
-
-    def patch_features(
-        self, pixel_values: torch.Tensor, mask_logits: torch.Tensor | None, kinds: list[str] | None = None
-    ) -> torch.Tensor:
-        """CLIP's projected feature of each patch, `[B, D, gh, gw]`.
-
-        Args:
-            mask_logits: `[B, N, h, w]` of the proposals, at any resolution; None: there are none.
-            kinds: what each of CLIP's blocks does; None: as the config says.
-        """
-        vision = self.clip.vision_model
-        masks = None
-        if mask_logits is not None:
-            patch_size = vision.config.patch_size
-            grid = (pixel_values.shape[-2] // patch_size, pixel_values.shape[-1] // patch_size)
-            # severance resizes logits, pooling probabilities (so the original); binary masks are shares either way
-            if self.config.proposals == "maskformer":
-                masks = self._on_grid(mask_logits, grid).sigmoid()
-            else:
-                masks = self._on_grid(mask_logits.sigmoid(), grid)
-        states, grid, leading = severed_clip_tokens(
-            vision, self.visual_prompts, self.config, pixel_values, masks, kinds
-        )
-        patches = self.clip.visual_projection(vision.post_layernorm(states[-1][:, leading:]))
-        return patches.transpose(1, 2).unflatten(2, grid)
-
     # ------------------------------------------------------------------ classes and losses
 
     def class_logits(self, embeddings: torch.Tensor, text_embeds: torch.Tensor) -> torch.Tensor:
@@ -347,22 +311,6 @@ class DeOPForOpenVocabularySegmentation(
                 outputs.loss_dict = self.criterion(predictions, labels, self.draws(sample_seeds, len(labels)))
             outputs.loss = sum_losses(outputs.loss_dict)
         return outputs
-
-    def _classify_regions(
-        self, pixel_values: torch.Tensor, text_embeds: torch.Tensor, labels: torch.Tensor
-    ) -> OpenVocabularySegmentationOutput:
-        """The first training stage: each picture shows one region, the pixels with a label."""
-        features = region_features(self.clip, fill_outside(pixel_values, labels))
-        losses = region_losses(self.config, features, text_embeds, region_classes(labels))
-        return OpenVocabularySegmentationOutput(loss=sum_losses(losses), loss_dict=losses)
-
-    def predictions(self, state: DeOPImageState, text_embeds: torch.Tensor) -> list[Prediction]:
-        """What the second stage's criterion takes: the last decoder layer, then the others from the first on."""
-        *auxiliary, last = state.all_proposals
-        return [
-            Prediction(suffix, self.class_logits(p.embeddings, text_embeds), p.mask_logits)
-            for suffix, p in [("", last), *((f"_{i}", p) for i, p in enumerate(auxiliary))]
-        ]
 
 
 __all__ = ["DeOPForOpenVocabularySegmentation", "DeOPImageState"]

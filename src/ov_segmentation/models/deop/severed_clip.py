@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from transformers import CLIPVisionModel
+from torch.nn.functional import interpolate, normalize
+from transformers import CLIPModel, CLIPVisionModel
 
 from ...layers.clip_vision import clip_position_embedding, resize_position_grid
 from ...layers.severance import severed_block, token_masks
@@ -96,3 +97,47 @@ def severed_clip_tokens(
         scale = config.severance_residual_scale if kind != "none" else 1.0
         states.append(severed_block(layer, hidden, kind, per_token, config.severance_alpha, scale))
     return states, grid, leading
+
+
+class SeveredClipMixin:
+    """The part of the model that gives CLIP's map of patches."""
+
+    config: DeOPConfig
+    clip: CLIPModel
+    visual_prompts: VisualPrompts
+
+    def _on_grid(self, masks: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """`[B, N, h, w]` on CLIP's grid: as released, bilinear samples; for other masks the share of each patch, since
+        samples would miss small ones."""
+        if self.config.proposals == "maskformer":
+            return interpolate(masks.float(), size=tuple(grid), mode="bilinear", align_corners=False).to(masks.dtype)
+        return interpolate(masks.float(), size=tuple(grid), mode="area").to(masks.dtype)
+
+    def clip_map(self, pixel_values: torch.Tensor, mask_logits: torch.Tensor | None) -> torch.Tensor:
+        """CLIP's L2-normalised feature of each patch, `[B, D, gh, gw]`; see `patch_features`."""
+        return normalize(self.patch_features(pixel_values, mask_logits), dim=1)
+
+    def patch_features(
+        self, pixel_values: torch.Tensor, mask_logits: torch.Tensor | None, kinds: list[str] | None = None
+    ) -> torch.Tensor:
+        """CLIP's projected feature of each patch, `[B, D, gh, gw]`.
+
+        Args:
+            mask_logits: `[B, N, h, w]` of the proposals, at any resolution; None: there are none.
+            kinds: what each of CLIP's blocks does; None: as the config says.
+        """
+        vision = self.clip.vision_model
+        masks = None
+        if mask_logits is not None:
+            patch_size = vision.config.patch_size
+            grid = (pixel_values.shape[-2] // patch_size, pixel_values.shape[-1] // patch_size)
+            # severance resizes logits, pooling probabilities (so the original); binary masks are shares either way
+            if self.config.proposals == "maskformer":
+                masks = self._on_grid(mask_logits, grid).sigmoid()
+            else:
+                masks = self._on_grid(mask_logits.sigmoid(), grid)
+        states, grid, leading = severed_clip_tokens(
+            vision, self.visual_prompts, self.config, pixel_values, masks, kinds
+        )
+        patches = self.clip.visual_projection(vision.post_layernorm(states[-1][:, leading:]))
+        return patches.transpose(1, 2).unflatten(2, grid)

@@ -1,8 +1,19 @@
-"""What each of DeOP's three training stages trains: the text prompt, the proposals, anchors with all prompts."""
+"""What each of DeOP's three training stages trains, the text prompt, the proposals, anchors with all prompts; and on
+what."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+import torch
+
+from ...losses import Prediction, sum_losses
+from ...modeling_outputs import OpenVocabularySegmentationOutput
 from .configuration_deop import DeOPConfig
+from .stage_losses import fill_outside, region_classes, region_features, region_losses
+
+if TYPE_CHECKING:
+    from .modeling_deop import DeOPImageState
 
 
 class TrainingStagesMixin:
@@ -58,3 +69,19 @@ class TrainingStagesMixin:
         released = (r"\.embedding_head\.", r"\.value_projection\.", r"^heatmap_decoder\.layernorm\.")
         whole = (r"^clip\.logit_scale$", r"^sam\.", *released)
         return (*whole, rf"^clip\.vision_model\.encoder\.layers\.({blocks})\.self_attn\.[qk]_proj") if blocks else whole
+
+    def _classify_regions(
+        self, pixel_values: torch.Tensor, text_embeds: torch.Tensor, labels: torch.Tensor
+    ) -> OpenVocabularySegmentationOutput:
+        """The first training stage: each picture shows one region, the pixels with a label."""
+        features = region_features(self.clip, fill_outside(pixel_values, labels))
+        losses = region_losses(self.config, features, text_embeds, region_classes(labels))
+        return OpenVocabularySegmentationOutput(loss=sum_losses(losses), loss_dict=losses)
+
+    def predictions(self, state: DeOPImageState, text_embeds: torch.Tensor) -> list[Prediction]:
+        """What the second stage's criterion takes: the last decoder layer, then the others from the first on."""
+        *auxiliary, last = state.all_proposals
+        return [
+            Prediction(suffix, self.class_logits(p.embeddings, text_embeds), p.mask_logits)
+            for suffix, p in [("", last), *((f"_{i}", p) for i, p in enumerate(auxiliary))]
+        ]
