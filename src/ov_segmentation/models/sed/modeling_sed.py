@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
 from transformers import CLIPModel, CLIPTextModelWithProjection, CLIPVisionModel, ConvNextModel
 from transformers import initialization as init
 
@@ -17,9 +16,7 @@ from ...configuration_base import check_positive
 from ...conversion import load_converted
 from ...layers.clip_stem import install_clip_stem
 from ...layers.convnext_clip import ConvNextCLIPModel
-from ...layers.convnext_layers import run_convnext_stage
 from ...layers.correlation import correlation
-from ...layers.dense_clip import dense_clip_features
 from ...layers.initialization import init_torch_defaults
 from ...layers.linear_attention import pooling_side
 from ...layers.picture_stretching import stretch_pictures
@@ -32,6 +29,7 @@ from ...modeling_outputs import ImageState, OpenVocabularySegmentationOutput
 from .blocks import LargeKernelBlock
 from .configuration_sed import SEDConfig
 from .decoder import REJECTED, SEDDecoder
+from .encoder import SEDEncoderMixin
 from .foundations import clip_parts, find_open_clip, read_open_clip
 
 # what no CLIP holds
@@ -51,21 +49,7 @@ class SEDImageState(ImageState):
     image_guidance: tuple[torch.Tensor, ...] | None = None
 
 
-class ProjectionMLP(nn.Module):
-    """Projection of ConvNeXt-L's features into CLIP's space: Linear, GELU, dropout, Linear; hidden width 2 D."""
-
-    def __init__(self, in_channels: int, projection_dim: int, dropout: float) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(in_channels, 2 * projection_dim)
-        self.dropout = nn.Dropout(dropout)
-        self.fc2 = nn.Linear(2 * projection_dim, projection_dim, bias=False)
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """`[..., C]` -> `[..., D]`."""
-        return self.fc2(self.dropout(F.gelu(self.fc1(features))))
-
-
-class SEDForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
+class SEDForOpenVocabularySegmentation(SEDEncoderMixin, OpenVocabularySegmentationModel):
     """SED (Xie et al., "SED: A Simple Encoder-Decoder for Open-Vocabulary Semantic Segmentation", CVPR 2024).
 
     Early rejection depends on values, which a graph cannot: compile and export with `rejection_top_k=None`. With
@@ -108,25 +92,6 @@ class SEDForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
         self.post_init()
         self.freeze_pretrained()
 
-    @staticmethod
-    def _make_projection(config: SEDConfig) -> nn.Module:
-        projection_dim = config.text_config.projection_dim
-        if config.has_plain_encoder:
-            return nn.Linear(config.vision_config.hidden_size, projection_dim, bias=False)
-        width = config.vision_config.hidden_sizes[-1]
-        if config.projection_type == "linear":
-            return nn.Linear(width, projection_dim, bias=False)
-        return ProjectionMLP(width, projection_dim, config.projection_dropout)
-
-    @staticmethod
-    def _guidance_sources(config: SEDConfig) -> list[int]:
-        """Channels of the encoder maps that guide the decoder layers, the coarsest first."""
-        if not config.fuses_features:
-            return []
-        if config.has_plain_encoder:
-            return [config.vision_config.hidden_size] * config.num_decoder_layers
-        return list(config.vision_config.hidden_sizes[-2::-1])[: config.num_decoder_layers]
-
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
@@ -156,23 +121,6 @@ class SEDForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
             # the value path of the last block goes round them
             for unused in ("q_proj", "k_proj"):
                 getattr(self.vision_model.encoder.layers[-1].self_attn, unused).requires_grad_(False)
-
-    def _freeze_encoder(self) -> None:
-        trained = self.config.num_trainable_stages
-        if trained == 4:
-            return
-        self.vision_model.requires_grad_(False)
-        self.visual_projection.requires_grad_(trained > 0)
-        if trained == 0:
-            return
-        if self.config.has_plain_encoder:
-            blocks = self.vision_model.encoder.layers
-            stages: Any = blocks[len(blocks) - len(blocks) * trained // 4 :]
-            norm = self.vision_model.post_layernorm
-        else:
-            stages, norm = self.vision_model.encoder.stages[-trained:], self.vision_model.layernorm
-        for part in (*stages, norm):
-            part.requires_grad_(True)
 
     def set_attn_implementation(self, attn_implementation: str | dict, *args: Any, **kwargs: Any) -> None:
         """Set it for the parts that have attention: a ConvNeXt has none and would refuse."""
@@ -245,41 +193,6 @@ class SEDForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
         if output_hidden_states:
             state.hidden_states = tuple(torch.cat(maps) for maps in zip(*(maps for _, _, maps in parts), strict=True))
         return state
-
-    def _encode_views(
-        self, views: torch.Tensor, keep_maps: bool
-    ) -> tuple[torch.Tensor, list[torch.Tensor], tuple[torch.Tensor, ...]]:
-        """Dense features, image guidance and, with `keep_maps`, the encoder's maps of `views` `[R, 3, height, width]`;
-        they are larger than all the rest of many views."""
-        if self.config.has_plain_encoder:
-            skip_layers = self.config.skip_layers if self.config.fuses_features else ()
-            dense, sources, _ = dense_clip_features(self, views, skip_layers, residual="token")
-            sizes = [(dense.shape[-2] << level, dense.shape[-1] << level) for level in range(1, len(sources) + 1)]
-            return (
-                dense,
-                self._guide([resize(m, size) for m, size in zip(sources, sizes)]),
-                sources if keep_maps else (),
-            )
-        maps = [self.vision_model.embeddings(views.contiguous(memory_format=torch.channels_last))]
-        for stage in self.vision_model.encoder.stages:
-            maps.append(self._run_stage(stage, maps[-1]))
-        # every position of the last map is an image of its own for CLIP's head
-        dense = self.visual_projection(self.vision_model.layernorm(maps[-1].permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
-        return dense, self._guide(maps[-2:0:-1]), tuple(maps) if keep_maps else ()
-
-    def _run_stage(self, stage: nn.Module, features: torch.Tensor) -> torch.Tensor:
-        if not self.training:
-            return run_convnext_stage(stage, features)
-        if not self.gradient_checkpointing:
-            return stage(features)
-        for part in (*stage.downsampling_layer, *stage.layers):
-            features = self._gradient_checkpointing_func(part, features)
-        return features
-
-    def _guide(self, sources: list[torch.Tensor]) -> list[torch.Tensor]:
-        if self.config.detach_image_guidance:
-            sources = [source.detach() for source in sources]
-        return [F.relu(conv(source)) for conv, source in zip(self.image_guidance, sources)]
 
     # ------------------------------------------------------------------ classes
 
