@@ -1,7 +1,6 @@
 """The pipeline beyond what every method is tested for: sources, bad input, options, registration. The model is SAN."""
 
 import http.server
-import pickle
 import struct
 import subprocess
 import sys
@@ -418,11 +417,6 @@ def test_unknown_options_list_the_known_ones(segment, picture):
 def test_options_that_cannot_be_used(segment, picture, options, error, message):
     with pytest.raises(error, match=message):
         segment(picture, **options)
-
-
-def test_a_pipeline_can_be_pickled(segment, picture):
-    expected = segment(picture)
-    assert_same_map(pickle.loads(pickle.dumps(segment))(picture), expected)
 
 
 @pytest.mark.parametrize("batch_size", [0, -1])

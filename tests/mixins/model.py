@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import random
 from pathlib import Path
 from typing import Any, ClassVar
@@ -335,6 +336,11 @@ class ModelTesterMixin:
     def test_runs_are_repeatable(self) -> None:
         model = self.model()
         self.assert_same(self.run(model), self.run(model))
+
+    def test_can_be_pickled_after_a_call(self) -> None:
+        model = self.model()
+        expected = self.run(model)
+        self.assert_same(self.run(pickle.loads(pickle.dumps(model))), expected)
 
     def test_outputs_have_the_documented_shapes(self) -> None:
         model = self.model()

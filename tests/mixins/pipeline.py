@@ -6,6 +6,7 @@ import base64
 import functools
 import json
 import math
+import pickle
 from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
@@ -257,6 +258,12 @@ class PipelineTesterMixin:
         assert type(again) is OpenVocabularySegmentationPipeline
         assert again.processor.prompt_templates == segment.processor.prompt_templates
         assert_same_map(again(picture, NAMES, output_type="map"), segment(picture))
+
+    def test_a_used_pipeline_can_be_pickled(self) -> None:
+        (picture,) = block_pictures((60, 90))
+        segment = self.pipe(candidate_labels=NAMES, output_type="map")
+        expected = segment(picture)
+        assert_same_map(pickle.loads(pickle.dumps(segment))(picture), expected)
 
     def test_half_precision(self, tmp_path: Path) -> None:
         (picture,) = block_pictures((60, 90))

@@ -39,6 +39,8 @@ class SwinBackbone(nn.Module):
         # a final norm that no feature map passes through
         self.model.swin.layernorm = nn.Identity()
         for layer in self.model.modules():
+            # transformers hangs closures on the stages that keep what nobody reads, and cannot be pickled
+            layer._forward_hooks.clear()
             if isinstance(layer, SwinLayer):
                 dim = layer.layernorm_before.normalized_shape[0]
                 layer.mlp = _DroppedMLP(config, dim, layer.drop_path)
