@@ -1,6 +1,7 @@
 """What all configurations share."""
 
 import inspect
+from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any, ClassVar
 
@@ -66,6 +67,14 @@ class OpenVocabularySegmentationConfig(PreTrainedConfig):
                 f"Windows need 0 < window_stride <= window_pixels <= {name}, got {self.window_stride}, "
                 f"{self.window_pixels}, {canvas}."
             )
+
+
+def configurations(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
+    """A configuration and those of its parts, at any depth."""
+    yield config
+    for name in config.sub_configs:
+        if (part := getattr(config, name, None)) is not None:
+            yield from configurations(part)
 
 
 def check_positive(**limits: int | None) -> None:

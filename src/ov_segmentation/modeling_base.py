@@ -10,7 +10,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 from transformers.utils.generic import can_return_tuple
 
-from .configuration_base import OpenVocabularySegmentationConfig
+from .configuration_base import OpenVocabularySegmentationConfig, configurations
 from .download_errors import loading_explained
 from .from_clip import FromCLIPMixin
 from .layers.clip_stem import CLIPStem, init_clip_stem_weights
@@ -79,6 +79,7 @@ class OpenVocabularySegmentationModel(PushToHub, FromCLIPMixin, TextSideMixin, P
             if self.stays_in_float32(name):
                 parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
         super().post_init()
+        self._settle_attention()
         replace_linear(self)
 
     @property
@@ -272,15 +273,39 @@ class OpenVocabularySegmentationModel(PushToHub, FromCLIPMixin, TextSideMixin, P
                 f"Pass ignore_index={highest} to the processor."
             )
 
-    def set_attn_implementation(self, *args: Any, **kwargs: Any) -> None:
-        """transformers' `set_attn_implementation`, and of single blocks of transformers' models (MaskFormer's decoder)
-        which hold a configuration of their own."""
-        super().set_attn_implementation(*args, **kwargs)
-        known = {id(module.config) for module in self.modules() if isinstance(module, PreTrainedModel)}
-        for module in self.modules():
-            own = getattr(module, "config", None)
-            if isinstance(own, PreTrainedConfig) and id(own) not in known:
-                own._attn_implementation = self.config._attn_implementation
+    def _settle_attention(self) -> None:
+        """Choose or check the attention of parts that are no models of transformers, which do so themselves:
+        MaskFormer's decoder, SAM's blocks."""
+        models = {id(module.config) for module in self.modules() if isinstance(module, PreTrainedModel)}
+        for part in configurations(self.config):
+            if id(part) not in models:
+                chosen = self.get_correct_attn_implementation(part._attn_implementation, is_init_check=True)
+                part._attn_implementation_internal = chosen
+
+    def set_attn_implementation(self, attn_implementation: str | dict, *args: Any, **kwargs: Any) -> None:
+        """transformers' own, with the meaning that a dict has at loading, and all or nothing.
+
+        Args:
+            attn_implementation: for the model and all of its parts, or a dict: "" is the model without the parts that
+                have a configuration of their own, which go by its name ("clip_config", "mask_config", ...).
+
+        Raises:
+            ValueError: an implementation that a part does not have; nothing is changed then.
+        """
+        models = {id(module.config) for module in self.modules() if isinstance(module, PreTrainedModel)}
+        before = [(part, part._attn_implementation) for part in configurations(self.config)]
+        self.config._attn_implementation = attn_implementation
+        try:
+            # transformers sets those of models, and would warn of the others
+            for part, previous in before:
+                if id(part) in models:
+                    part._attn_implementation_internal = previous
+            self._settle_attention()
+            super().set_attn_implementation(attn_implementation, *args, **kwargs)
+        except (ValueError, ImportError):
+            for part, previous in before:
+                part._attn_implementation_internal = previous
+            raise
 
     # ------------------------------------------------------------------ weights
 

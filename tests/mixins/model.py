@@ -13,11 +13,12 @@ from accelerate import cpu_offload, disk_offload
 from accelerate.hooks import attach_execution_device_hook
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModel, CLIPConfig, CLIPModel, Trainer, TrainingArguments
+from transformers import AutoConfig, AutoModel, CLIPConfig, CLIPModel, ConvNextConfig, Trainer, TrainingArguments
 from transformers.modeling_utils import local_torch_dtype
 
 from ov_segmentation import AutoModelForOpenVocabularySegmentation
 from ov_segmentation.auto import load_class
+from ov_segmentation.configuration_base import configurations
 from ov_segmentation.download_errors import LoadingError
 from ov_segmentation.layers.clip_stem import CLIPModelWithStem, CLIPStem
 from ov_segmentation.modeling_base import OpenVocabularySegmentationModel
@@ -641,12 +642,31 @@ class ModelTesterMixin:
         assert trainer.evaluate()["eval_pictures"] == 4
         assert all(len(value) == 4 for value in seen[0].predictions)
 
-    def test_attention_implementations_by_part(self) -> None:
+    def test_attention_implementations_by_part(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        """A dict says the same at loading and later, and every part goes by its name."""
         model = self.model()
         expected = self.run(model)
-        model.set_attn_implementation({"": "eager"})
-        assert model.config._attn_implementation == "eager"
-        self.assert_same(self.run(model), expected, 1e-4)
+        model.save_pretrained(tmp_path)
+        parts = list(configurations(model.config))
+        for module in model.modules():
+            assert any(getattr(module, "config", part) is part for part in parts), type(module).__name__
+        for name in ("", *model.config.sub_configs):
+            if name and isinstance(getattr(model.config, name), ConvNextConfig | None):  # without attention
+                continue
+            model = self.model_class.from_pretrained(tmp_path)
+            model.set_attn_implementation({name: "eager"})
+            loaded = self.model_class.from_pretrained(tmp_path, attn_implementation={name: "eager"})
+            found, wanted = ([p._attn_implementation for p in configurations(m.config)] for m in (model, loaded))
+            assert found == wanted
+            part = getattr(model.config, name) if name else model.config
+            assert part._attn_implementation == "eager"
+            assert "sdpa" in found
+            self.assert_same(self.run(model), self.run(loaded))
+            self.assert_same(self.run(model), expected, 1e-4)
+            with pytest.raises(ValueError, match="fastest"):
+                model.set_attn_implementation({name: "fastest"})
+            assert [part._attn_implementation for part in configurations(model.config)] == found
+        assert "attention implementation" not in caplog.text
 
     def test_labels_go_to_the_device_of_the_model(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """As pictures and texts do; the meta device stands for a GPU."""

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.profiler import record_function
+from transformers import PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from . import products
@@ -69,6 +70,14 @@ def attend(
     bias = None if bias is None else bias.to(query.dtype)
     out, weights = interface(module, query, key, value, bias, scaling=query.shape[-1] ** -0.5, dropout=dropout)
     return out.flatten(2), weights
+
+
+def read_attention_from(config: PreTrainedConfig, part: nn.Module) -> None:
+    """Let the attentions in `part`, transformers' layers built by a configuration of their own, run the implementation
+    that `config` says, also after it was set there; they read nothing else."""
+    for module in part.modules():
+        if hasattr(module, "config"):
+            module.config = config
 
 
 def prefers_tiles(tensor: torch.Tensor) -> bool:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 from transformers import initialization as init
 from transformers.models.maskformer.configuration_maskformer import MaskFormerDetrConfig
 from transformers.models.maskformer.modeling_maskformer import (
@@ -17,7 +18,7 @@ from transformers.models.maskformer.modeling_maskformer import (
     MaskFormerDetrSelfAttention,
 )
 
-from .attention import split_heads
+from .attention import read_attention_from, split_heads
 from .initialization import init_torch_defaults
 from .sine_positions import SinePositionEmbedding
 
@@ -84,7 +85,7 @@ class HeatmapDecoder(nn.Module):
         num_heatmaps: heatmaps per query, each pooling its share of the channels (8 released, 1 in equation 3).
         feedforward_size: hidden width of the ordinary layers.
         dropout: everywhere.
-        attention: attention implementation.
+        config: says which implementation of attention to run.
     """
 
     def __init__(
@@ -96,7 +97,7 @@ class HeatmapDecoder(nn.Module):
         num_heatmaps: int,
         feedforward_size: int,
         dropout: float,
-        attention: str | None,
+        config: PreTrainedConfig,
     ) -> None:
         super().__init__()
         layer_config = MaskFormerDetrConfig(
@@ -107,13 +108,13 @@ class HeatmapDecoder(nn.Module):
             attention_dropout=dropout,
             activation_dropout=dropout,
         )
-        layer_config._attn_implementation = attention or "sdpa"
         self.query_embedding = nn.Embedding(num_queries, size)
         self.position_embedding = SinePositionEmbedding(num_position_features=size // 2, normalize=True)
         self.layers = nn.ModuleList(MaskFormerDetrDecoderLayer(layer_config) for _ in range(num_layers))
         self.heatmap_layer = HeatmapLayer(layer_config, num_heatmaps)
         # stored by the released weights, without influence: it norms intermediate outputs that nothing reads
         self.layernorm = nn.LayerNorm(size)
+        read_attention_from(config, self)
 
     def forward(self, features: torch.Tensor, masks: torch.Tensor) -> Anchors:
         """Anchors of proposals.

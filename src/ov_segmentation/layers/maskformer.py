@@ -19,6 +19,7 @@ from transformers.models.maskformer.modeling_maskformer import (
     MaskFormerPixelDecoder,
 )
 
+from .attention import read_attention_from
 from .configuration_maskformer import MaskProposalConfig, ResNetCConfig
 from .mlp import MLP
 from .resnet_c import ConvNorm, FrozenBatchNorm, ResNetC
@@ -57,12 +58,12 @@ class QueryDecoder(nn.Module):
             attention_dropout=config.dropout,
             activation_dropout=config.dropout,
         )
-        layer_config._attn_implementation = config._attn_implementation or "sdpa"
         self.position_embedding = SinePositionEmbedding(num_position_features=size // 2, normalize=True)
         self.input_projection = nn.Conv2d(channels, size, kernel_size=1) if channels != size else nn.Identity()
         self.query_embedding = nn.Embedding(config.num_queries, size)
         self.layers = nn.ModuleList(MaskFormerDetrDecoderLayer(layer_config) for _ in range(config.num_layers))
         self.layernorm = nn.LayerNorm(size)
+        read_attention_from(config, self.layers)
 
     def forward(self, features: torch.Tensor) -> list[torch.Tensor]:
         """`[B, C, h, w]` to the queries `[B, N, hidden]` after each layer.

@@ -125,7 +125,7 @@ class DeOPForOpenVocabularySegmentation(
             config.heatmap_heads,
             config.heatmap_feedforward_size,
             config.heatmap_dropout,
-            config._attn_implementation,
+            config,
         )
 
     @classmethod

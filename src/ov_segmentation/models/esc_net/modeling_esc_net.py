@@ -86,8 +86,6 @@ class ESCNetForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
         self.text_projection = nn.Linear(embed, config.text_guidance_size)
         self.prompt_encoder, self.text_token, self.output_tokens = None, None, None
         if config.use_sam_blocks:
-            # SAM's attention reads it there; its config is not one of a model
-            config.sam_config.mask_decoder_config._attn_implementation = config._attn_implementation
             self.prompt_encoder = PseudoPromptEncoder(config.sam_config, config.prompt_types, config.mask_prompt_scale)
             if config.text_prompt_token:
                 self.text_token = nn.Linear(embed, sam_width)
@@ -178,20 +176,6 @@ class ESCNetForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
         # points and boxes are chosen, not computed: only a mask has a gradient towards the map it was made from
         for block in self.blocks[1:]:
             block.prompt_map.requires_grad_("masks" in config.prompt_types)
-
-    def set_attn_implementation(self, attn_implementation: str | dict, *args: Any, **kwargs: Any) -> None:
-        """transformers' own, without its warning that `sam_config` has no model: SAM's blocks run as the model does."""
-        sam = self.config.sam_config
-        before = sam._attn_implementation
-        if isinstance(attn_implementation, str):
-            sam._attn_implementation = attn_implementation
-        else:
-            sam._attn_implementation = attn_implementation.get("", self.config._attn_implementation)
-        try:
-            super().set_attn_implementation(attn_implementation, *args, **kwargs)
-        except ValueError:
-            sam._attn_implementation = before
-            raise
 
     # ------------------------------------------------------------------ picture side
 
