@@ -22,6 +22,7 @@ import torch
 from transformers.image_processing_outputs import SemanticSegmentationPostProcessorOutput
 
 from .modeling_outputs import OpenVocabularySegmentationOutput
+from .precision import full_precision
 from .score_argmax import LabelMap, draw_label_map, undominated_classes
 from .score_fields import ClassField, Field, MaskField, StitchedField
 from .vocabulary import NO_OBJECT, resolve_background
@@ -86,7 +87,7 @@ def post_process_semantic_segmentation(
     with_total = return_confidence or threshold is not None
     fields = score_fields(outputs, sizes, resizes_mask_logits, no_object, pruned=not return_segmentation_scores)
     results = []
-    with full_precision(outputs):
+    with full_precision(prediction_maps(outputs)):
         for (field, classes), size in zip(fields, sizes, strict=True):
             drawn = draw_label_map(field, size, with_total, return_segmentation_scores)
             results.append(_finish(drawn, classes, num_classes, folded, with_total, threshold))
@@ -119,11 +120,6 @@ def count_pictures(outputs: OpenVocabularySegmentationOutput) -> tuple[int, int]
     return num_rows // num_views, num_classes
 
 
-def full_precision(outputs: OpenVocabularySegmentationOutput) -> torch.autocast:
-    """A context without autocast, which would compute scores with 8 bits of mantissa."""
-    return torch.autocast(_maps(outputs).device.type, enabled=False)
-
-
 def score_fields(
     outputs: OpenVocabularySegmentationOutput,
     sizes: Sequence[tuple[int, int]],
@@ -132,7 +128,7 @@ def score_fields(
     pruned: bool = False,
 ) -> Iterator[tuple[Field, torch.Tensor]]:
     """Per picture its scores, not yet evaluated anywhere, and the indices of the classes that they are of. Use it
-    within `full_precision(outputs)`.
+    within `full_precision(prediction_maps(outputs))`.
 
     Args:
         sizes: (height, width) that each picture's scores are meant for.
@@ -149,7 +145,8 @@ def score_fields(
             yield _mask_field(outputs, rows, picture, target, no_object, pruned)
 
 
-def _maps(outputs: OpenVocabularySegmentationOutput) -> torch.Tensor:
+def prediction_maps(outputs: OpenVocabularySegmentationOutput) -> torch.Tensor:
+    """The logits of a model of either family that have a height and a width."""
     return outputs.masks_queries_logits if outputs.logits is None else outputs.logits
 
 

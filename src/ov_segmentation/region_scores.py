@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from .modeling_outputs import OpenVocabularySegmentationOutput
-from .post_processing import count_pictures, full_precision, score_fields
+from .post_processing import count_pictures, prediction_maps, score_fields
+from .precision import full_precision
 from .resampling import Bilinear
 
 _BYTES_AT_ONCE = 64 * 2**20
@@ -35,7 +36,7 @@ def region_scores(
         raise ValueError(f"{num_pictures} pictures need as many maps of regions, got {len(regions)}.")
     sizes = [tuple(region.shape) for region in regions]
     means = []
-    with full_precision(outputs):
+    with full_precision(prediction_maps(outputs)):
         for (field, _), region in zip(score_fields(outputs, sizes, resizes_mask_logits), regions, strict=True):
             height, width = region.shape
             region = region.to(field.device)
