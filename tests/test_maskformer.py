@@ -14,18 +14,21 @@ import torch
 from huggingface_hub.errors import StrictDataclassClassValidationError
 from torch.nn.functional import batch_norm, interpolate
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import SwinConfig
 from transformers.models.maskformer.modeling_maskformer import MaskFormerSinePositionEmbedding
 from transformers.models.swin.modeling_swin import SwinDropPath
 
 from ov_segmentation.conversion import ConversionError
 from ov_segmentation.conversion_maskformer import load_backbone_weights
+from ov_segmentation.layers import mask_crops
 from ov_segmentation.layers.configuration_maskformer import MaskProposalConfig, ResNetCConfig
 from ov_segmentation.layers.mask_crops import CropGrid, crop_for_clip, cropped_masks, mask_boxes, masked_crops
 from ov_segmentation.layers.maskformer import MaskProposalNetwork
 from ov_segmentation.layers.resnet_c import FrozenBatchNorm, ResNetC
 from ov_segmentation.layers.sine_positions import SinePositionEmbedding
 from ov_segmentation.layers.swin_backbone import SwinBackbone
+from ov_segmentation.precision import widest_float
 
 TINY_SWIN = {"model_type": "swin", "embed_dim": 8, "depths": [1, 1, 2, 1], "num_heads": [1, 1, 2, 2], "window_size": 4}
 
@@ -185,6 +188,24 @@ def test_expanded_boxes_stay_on_the_picture() -> None:
     masks[0, 8:12, 10:20] = True
     masks[1, 0:10, 0:30] = True
     assert mask_boxes(masks, 1.5).tolist() == [[7, 7, 22, 13], [0, 0, 30, 12]]
+
+
+class Singles(TorchDispatchMode):
+    """A device without float64, as Apple's GPUs are."""
+
+    def __torch_dispatch__(self, operation, types, arguments=(), options=None):
+        result = operation(*arguments, **(options or {}))
+        assert all(tensor.dtype != torch.float64 for tensor in filter(torch.is_tensor, tree_leaves(result))), operation
+        return result
+
+
+def test_boxes_need_no_float64_on_apple_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    masks = torch.zeros(2, 20, 30, dtype=torch.bool)
+    masks[:, 8:12, 10:20] = True
+    expected = mask_boxes(masks, 1.5)
+    monkeypatch.setattr(mask_crops, "widest_float", lambda device: widest_float(torch.device("mps")))
+    with Singles():
+        assert torch.equal(mask_boxes(masks, 1.5), expected)
 
 
 # ---------------------------------------------------------------------- weights of the backbone

@@ -16,6 +16,11 @@ def full_precision(tensor: torch.Tensor) -> AbstractContextManager:
     return nullcontext() if tensor.device.type == "meta" else torch.autocast(tensor.device.type, enabled=False)
 
 
+def widest_float(device: torch.device) -> torch.dtype:
+    """float64, or float32 on Apple's GPUs, which have no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def in_float32(layer: nn.Conv2d | nn.Linear, features: torch.Tensor, rounded: bool = False) -> torch.Tensor:
     """`layer(features)`, computed in float32 whatever the precision of the layer's weights.
 

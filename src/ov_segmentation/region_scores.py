@@ -8,7 +8,7 @@ import torch
 
 from .modeling_outputs import OpenVocabularySegmentationOutput
 from .post_processing import count_pictures, prediction_maps, score_fields
-from .precision import full_precision
+from .precision import full_precision, widest_float
 from .resampling import Bilinear
 
 _BYTES_AT_ONCE = 64 * 2**20
@@ -41,7 +41,8 @@ def region_scores(
             height, width = region.shape
             region = region.to(field.device)
             resize = Bilinear((field.size, (height, width)))
-            sums = torch.zeros(int(region.max()) + 1, num_classes, dtype=torch.float64, device=field.device)
+            wide = widest_float(field.device)
+            sums = torch.zeros(int(region.max()) + 1, num_classes, dtype=wide, device=field.device)
             every_class = torch.arange(num_classes, device=field.device)
             step = max(1, _BYTES_AT_ONCE // (4 * width * num_classes))
             for top in range(0, height, step):
@@ -50,7 +51,7 @@ def region_scores(
                 inside = part >= 0
                 if inside.any():
                     scores = resize(field.scores(*resize.window(rows, columns), every_class), rows, columns)
-                    sums.index_add_(0, part[inside], scores[inside].double())
+                    sums.index_add_(0, part[inside], scores[inside].to(wide))
             pixels = torch.bincount(region[region >= 0], minlength=len(sums))
             means.append((sums / pixels.clamp(min=1)[:, None]).float())
     return means

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
+from ..precision import widest_float
 from .bicubic import bicubic_matrices, bicubic_taps
 
 
@@ -26,12 +27,13 @@ def mask_boxes(masks: torch.Tensor, expand_ratio: float = 1.0) -> torch.Tensor:
     boxes = torch.stack([x0, y0, x1, y1], dim=-1)
     if expand_ratio == 1.0:
         return boxes
-    corners = boxes.double()
+    corners = boxes.to(widest_float(boxes.device))
     centre = (corners[:, :2] + corners[:, 2:]) / 2
     half = (corners[:, 2:] - corners[:, :2]) * expand_ratio / 2
     boxes = torch.cat([centre - half, centre + half], dim=-1).trunc().long()
-    limits = torch.tensor([width, height, width, height], device=boxes.device)
-    return boxes.clamp(min=0).minimum(limits)
+    for axis, length in enumerate((width, height)):
+        boxes[:, axis::2].clamp_(0, length)
+    return boxes
 
 
 def _extent(occupied: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
