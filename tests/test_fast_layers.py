@@ -5,20 +5,24 @@ from __future__ import annotations
 import copy
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import CLIPConfig, CLIPModel
 from transformers.activations import QuickGELUActivation
 
 from ov_segmentation.layers import attention, fused_convolution, products
 from ov_segmentation.layers.bicubic import bicubic_resize
 from ov_segmentation.layers.configuration_maskformer import ResNetCConfig
+from ov_segmentation.layers.mask_crops import mask_boxes
 from ov_segmentation.layers.one_channel import one_channel
 from ov_segmentation.layers.quick_gelu import QuickGELU, replace_quick_gelu
 from ov_segmentation.layers.resnet_c import FrozenBatchNorm, ResNetC
+from ov_segmentation.layers.upsampling import GuidedUpsampling, PreparedUpsampling
 from ov_segmentation.precision import in_float32
 from ov_segmentation.profiling import CONVOLUTION, MATRIX_PRODUCT, MultiplyAddCounter
 
@@ -87,6 +91,33 @@ def test_bicubic_resize_is_that_of_torch(old: tuple[int, int], new: tuple[int, i
     upstream = torch.randn_like(expected)
     (gradient,) = torch.autograd.grad(found, grid, upstream)
     torch.testing.assert_close(gradient, *torch.autograd.grad(expected, grid, upstream), rtol=0, atol=1e-5)
+
+
+class WaitingOperations(TorchDispatchMode):
+    """Refuses what a GPU makes its caller wait for: numbers copied to it, and results whose size it has to tell."""
+
+    waiting = ("lift_fresh", "_local_scalar_dense", "nonzero", "repeat_interleave")
+
+    def __torch_dispatch__(self, operation, types, arguments=(), options=None):
+        assert not any(name in str(operation) for name in self.waiting), operation
+        return operation(*arguments, **(options or {}))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda: bicubic_resize(torch.randn(4, 4, 6), (7, 9)),
+        lambda: mask_boxes(torch.ones(3, 20, 30, dtype=torch.bool), 1.5),
+        lambda: GuidedUpsampling(16, None, 4, 0, 16)(
+            torch.randn(5, 4, 4, 16), (2, 3), PreparedUpsampling(None, torch.randn(2, 16, 8, 8))
+        ),
+    ],
+    ids=["bicubic", "boxes", "upsampling"],
+)
+def test_a_gpu_is_not_waited_for(run: Callable[[], torch.Tensor]) -> None:
+    with WaitingOperations():
+        run()
 
 
 @pytest.mark.parametrize("bias_shape", [None, (2, 3, 200, 210), (1, 1, 200, 210)])

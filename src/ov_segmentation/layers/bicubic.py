@@ -51,10 +51,9 @@ def _cubic_outer(x: torch.Tensor) -> torch.Tensor:
 
 def bicubic_resize(grid: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """`interpolate(grid, size, mode="bicubic")` of channels-last maps: `[h, w, D]` -> `[*size, D]`."""
-    rows, columns = (
-        bicubic_weights(torch.tensor([0], device=grid.device), torch.tensor([old], device=grid.device), old, new)[0]
-        for old, new in zip(grid.shape, size)
-    )
+    # made on the device: numbers that are copied to a GPU make it wait
+    start = torch.zeros(1, dtype=torch.long, device=grid.device)
+    rows, columns = (bicubic_weights(start, start + old, old, new)[0] for old, new in zip(grid.shape, size))
     # h x w x D -> h x w' x D -> h' x w' x D
     stretched = columns @ grid
     return (rows @ stretched.flatten(1)).unflatten(1, stretched.shape[1:])

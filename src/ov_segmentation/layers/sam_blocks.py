@@ -74,8 +74,9 @@ class PseudoPromptEncoder(nn.Module):
 
     def _embed_boxes(self, prompts: PseudoPrompts) -> torch.Tensor:
         """`[N, 2 n, C]`; transformers has no label for a box that is not there: its corners are no points."""
-        last = torch.tensor([0, 0, 1, 1], device=prompts.boxes.device)
-        corners, _ = self.encoder(None, None, (prompts.boxes + last) * self.patch_size - 0.5, None)
+        first, last = prompts.boxes.split(2, dim=-1)
+        boxes = torch.cat([first, last + 1], dim=-1)
+        corners, _ = self.encoder(None, None, boxes * self.patch_size - 0.5, None)
         missing = ~prompts.valid[:, :, None, None]
         return torch.where(missing, self.encoder.not_a_point_embed.weight, corners).flatten(1, 2)
 

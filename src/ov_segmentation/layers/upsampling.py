@@ -104,7 +104,8 @@ class GuidedUpsampling(GradientCheckpointingLayer):
         elements = 4 * features.shape[1] * features.shape[2] * self.conv1.out_channels
         if shared.shape[0] == 1:
             return in_pieces(lambda f, c: self._run(prepared, f, c, shared), elements, features, class_guidance)
-        shared = shared.repeat_interleave(torch.tensor(counts, device=shared.device), dim=0)
+        # not repeat_interleave: a GPU would be waited for, to see how long the result is
+        shared = torch.cat([row.expand(count, -1, -1, -1) for row, count in zip(shared.split(1), counts, strict=True)])
         return in_pieces(lambda f, c, s: self._run(prepared, f, c, s), elements, features, class_guidance, shared)
 
     def _run(

@@ -52,12 +52,9 @@ def sam_proposals(
     sam: SamModel, config: DeOPConfig, pixel_values: torch.Tensor, sizes: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """SAM's masks of the pictures inside their padding, see `layers.sam_masks.sam_masks`, in the model's precision."""
-
-    def constant(values: Any) -> torch.Tensor:
-        return pixel_values.new_tensor(values)[:, None, None]
-
-    colours = pixel_values * constant(config.image_std) + constant(config.image_mean)
-    pictures = (colours - constant(IMAGENET_DEFAULT_MEAN)) / constant(IMAGENET_DEFAULT_STD)
+    values = (config.image_mean, config.image_std, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
+    mean, std, sam_mean, sam_std = pixel_values.new_tensor(values)[..., None, None]
+    pictures = (pixel_values * std + mean - sam_mean) / sam_std
     options = SamOptions(
         points_per_side=config.sam_points_per_side,
         points_per_batch=config.sam_points_per_batch,

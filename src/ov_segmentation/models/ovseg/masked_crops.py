@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch.nn.functional import normalize
@@ -85,18 +84,15 @@ class MaskedCropsMixin:
             if len(rows)
         ]
         if found:
-            features[valid] = torch.cat(found)
+            features[which.unbind(1)] = torch.cat(found)
         return features, valid
 
     def _clip_pixels(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """`pixel_values` with CLIP's normalisation in place of MaskFormer's."""
-
-        def constant(values: Any) -> torch.Tensor:
-            return torch.tensor(values, device=pixel_values.device, dtype=torch.float32)[:, None, None]
-
-        ours = constant(self.config.image_mean), constant(self.config.image_std)
-        clips = constant(OPENAI_CLIP_MEAN), constant(OPENAI_CLIP_STD)
-        return ((pixel_values.float() * ours[1] + ours[0] - clips[0]) / clips[1]).to(pixel_values.dtype)
+        values = (self.config.image_mean, self.config.image_std, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD)
+        constants = torch.tensor(values, device=pixel_values.device, dtype=torch.float32)[..., None, None]
+        mean, std, clip_mean, clip_std = constants
+        return ((pixel_values.float() * std + mean - clip_mean) / clip_std).to(pixel_values.dtype)
 
     def _crop_chunk(
         self, pictures: torch.Tensor, masks: list[torch.Tensor], sizes: list[list[int]], rows: torch.Tensor

@@ -26,8 +26,10 @@ class ClassChunk(NamedTuple):
     def select(self, keep: torch.Tensor) -> ClassChunk:
         """The pairs where `keep` `[n]` is true."""
         counts = tuple(int(part.sum()) for part in keep.split(list(self.counts)))
-        cost = None if self.cost is None else self.cost[keep]
-        return ClassChunk(self.features[keep], cost, self.pairs[keep], counts)
+        # once: every use of a mask makes a GPU wait
+        picked = keep.nonzero().flatten()
+        cost = None if self.cost is None else self.cost[picked]
+        return ClassChunk(self.features[picked], cost, self.pairs[picked], counts)
 
     @staticmethod
     def join(first: ClassChunk, second: ClassChunk) -> ClassChunk:
