@@ -144,8 +144,8 @@ def test_paths_urls_bytes_and_containers(tmp_path):
     picture = PIL.Image.fromarray(noise())
     (tmp_path / "a.png").write_bytes(as_file(picture))
     text = base64.b64encode(as_file(picture)).decode()
-    sources = [str(tmp_path / "a.png"), tmp_path / "a.png", text, f"data:image/png;base64,{text}", picture, noise()]
-    for source in sources:
+    path = tmp_path / "a.png"
+    for source in (str(path), path, text, f"data:image/png;base64,{text}", path.read_bytes(), picture, noise()):
         assert np.array_equal(raw(source), noise())
     processor = OpenVocabularySegmentationImageProcessor(**RAW)
     stacked = np.stack([noise(), noise(seed=1)])
@@ -281,7 +281,7 @@ def test_exif_rotation(tmp_path):
 def test_truncated_file(kind, tmp_path):
     whole = as_file(PIL.Image.fromarray(noise(200, 200)), kind)
     (tmp_path / "cut").write_bytes(whole[: len(whole) // 2])
-    for source in (tmp_path / "cut", PIL.Image.open(tmp_path / "cut")):
+    for source in (tmp_path / "cut", whole[: len(whole) // 2], PIL.Image.open(tmp_path / "cut")):
         with pytest.raises(ValueError, match=r"picture 1: cannot read"):
             raw([noise(), source])
     with pytest.raises(ValueError, match=r"label map 0: cannot read"):

@@ -272,7 +272,7 @@ def test_broken_files(segment, picture, tmp_path, kind):
     [
         ("/no/such/file.png", ValueError, "no such file"),
         ("ftp://server/file.png", ValueError, "no such file"),
-        (b"bytes", TypeError, "bytes"),
+        (b"no picture", ValueError, "cannot read it"),
         (BytesIO(b"an open file"), TypeError, "BytesIO"),
         (3, TypeError, "int"),
         (None, TypeError, "NoneType"),

@@ -86,8 +86,8 @@ class OpenVocabularySegmentationImageProcessor(PilBackend):
         """Pictures, and optionally their label maps, to model inputs.
 
         Args:
-            images: one or a list of paths, URLs, base64 strings, PIL pictures of any mode, arrays or tensors (see
-                `image_reading.read_image`). They are never modified.
+            images: one or a list of paths, URLs, base64 strings, bytes of files, PIL pictures of any mode, arrays or
+                tensors (see `image_reading.read_image`). They are never modified.
             segmentation_maps: one label map per picture, of its size (see `label_maps.read_label_map`).
             kwargs: overrides of the attributes for this call, see `OpenVocabularySegmentationImagesKwargs`.
 

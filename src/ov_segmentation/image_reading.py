@@ -29,7 +29,7 @@ def flatten(items: Any, max_ndim: int) -> list[Any]:
     """One list of single pictures (or label maps) from one of them, a list, nested lists or batched arrays.
 
     Args:
-        items: paths, URLs, PIL pictures, arrays, tensors.
+        items: paths, URLs, bytes of files, PIL pictures, arrays, tensors.
         max_ndim: an array of more dimensions than this is a batch.
     """
     if isinstance(items, (list, tuple)) or getattr(items, "ndim", 0) > max_ndim:
@@ -48,11 +48,11 @@ def load_each(what: str, items: Sequence[Any], load: Callable[[Any], Loaded]) ->
     return loaded
 
 
-def open_picture(source: str | os.PathLike | PIL.Image.Image, timeout: float | None = 60) -> PIL.Image.Image:
+def open_picture(source: str | bytes | os.PathLike | PIL.Image.Image, timeout: float | None = 60) -> PIL.Image.Image:
     """A decoded PIL picture, EXIF rotation applied, mode as stored.
 
     Args:
-        source: a path, an http(s) URL, a base64 string, a data URI or a PIL picture.
+        source: a path, an http(s) URL, a base64 string, a data URI, bytes of a file or a PIL picture.
         timeout: seconds to wait for a URL; None: for ever.
 
     Raises:
@@ -72,11 +72,13 @@ def open_picture(source: str | os.PathLike | PIL.Image.Image, timeout: float | N
     except PIL.Image.DecompressionBombError as error:
         raise ValueError(f"{error} If you trust the file, raise PIL.Image.MAX_IMAGE_PIXELS.") from error
     except (OSError, SyntaxError) as error:  # PIL's decoders raise both for truncated and broken files
-        name = "it" if isinstance(source, PIL.Image.Image) else str(source)[:200]
+        name = str(source)[:200] if isinstance(source, (str, os.PathLike)) else "it"
         raise ValueError(f"cannot read {name}: {error}") from error
 
 
-def _locate(source: str | os.PathLike, timeout: float | None) -> Path | BytesIO:
+def _locate(source: str | bytes | os.PathLike, timeout: float | None) -> Path | BytesIO:
+    if isinstance(source, bytes):
+        return BytesIO(source)
     text = os.fspath(source)
     if text.startswith(("http://", "https://")):
         try:
@@ -98,12 +100,12 @@ def read_image(image: Any, input_data_format: str | None = None, convert_rgb: bo
     """One picture as uint8 RGB.
 
     Args:
-        image: path, URL, base64, PIL picture of any mode, or an array or tensor `[H, W]`, `[H, W, C]` or `[C, H, W]`
-            with C of 1 (grey), 2 (grey, alpha), 3 or 4 (RGB, alpha). Alpha is dropped, not composited, as PIL's
-            `convert("RGB")` does. 16-bit pictures keep their upper 8 bits (rounded). Integer arrays wider than 16 bits
-            and PIL's mode "I" hold 8-bit values if none exceeds 255, else 16-bit ones. Floats hold fractions of white
-            if none exceeds 1, else values up to 255, and are rounded to 8 bits; fractions that end between 1 and 2 are
-            an error. PIL's palettes are looked up.
+        image: path, URL, base64, bytes of a file, PIL picture of any mode, or an array or tensor `[H, W]`, `[H, W, C]`
+            or `[C, H, W]` with C of 1 (grey), 2 (grey, alpha), 3 or 4 (RGB, alpha). Alpha is dropped, not composited,
+            as PIL's `convert("RGB")` does. 16-bit pictures keep their upper 8 bits (rounded). Integer arrays wider than
+            16 bits and PIL's mode "I" hold 8-bit values if none exceeds 255, else 16-bit ones. Floats hold fractions of
+            white if none exceeds 1, else values up to 255, and are rounded to 8 bits; fractions that end between 1 and
+            2 are an error. PIL's palettes are looked up.
         input_data_format: "channels_first" or "channels_last" where an array's shape is ambiguous; by default a channel
             axis of 3 or 4 is preferred, then the last axis for arrays and the first for tensors.
         convert_rgb: False: anything but three channels is an error.
@@ -115,14 +117,16 @@ def read_image(image: Any, input_data_format: str | None = None, convert_rgb: bo
         ValueError: unreadable, empty, NaN or infinite, out of range, or of a shape that is no picture.
         TypeError: not a picture at all.
     """
-    if isinstance(image, (str, os.PathLike, PIL.Image.Image)):
+    if isinstance(image, (str, bytes, os.PathLike, PIL.Image.Image)):
         return _pil_to_rgb(open_picture(image), convert_rgb)
     first_preferred = is_torch_tensor(image)
     if first_preferred:
         image = image.detach().cpu()
         image = (image.float() if image.is_floating_point() else image).numpy()
     if not isinstance(image, np.ndarray):
-        raise TypeError(f"a picture is a path, URL, PIL image, array or tensor, got {type(image).__name__}.")
+        raise TypeError(
+            f"a picture is a path, URL, bytes of a file, PIL image, array or tensor, got {type(image).__name__}."
+        )
     values, fractions = _to_8_bit(_channels_last(image, input_data_format, first_preferred))
     channels = values.shape[-1]
     if channels == 3:

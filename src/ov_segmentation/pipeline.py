@@ -116,9 +116,10 @@ class OpenVocabularySegmentationPipeline(PushToHub, Pipeline):
         """Segment one picture, or several.
 
         Args:
-            inputs: a picture: path, http(s) URL, base64 text, data URI, PIL picture, array or tensor (height x width x
-                3 or 3 x height x width); a dict `{"image": picture, "candidate_labels": names}` for its own names; or
-                a list, tuple, dataset (of pictures, or of rows with a column "image") or generator of such.
+            inputs: a picture: path, http(s) URL, base64 text, data URI, bytes of a file, PIL picture, array or tensor
+                (height x width x 3 or 3 x height x width); a dict `{"image": picture, "candidate_labels": names}` for
+                its own names; or a list, tuple, dataset (of pictures, or of rows with a column "image") or generator
+                of such.
             candidate_labels, options: see the class.
 
         Returns:

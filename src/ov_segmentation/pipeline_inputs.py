@@ -52,7 +52,7 @@ class Preparation:
                     f"For a column of another name: transformers.pipelines.pt_utils.KeyDataset(dataset, column)."
                 )
             item, candidate_labels = item[PICTURE_KEY], item.get(LABELS_KEY)
-        picture = open_picture(item, self.timeout) if isinstance(item, (str, os.PathLike)) else item
+        picture = open_picture(item, self.timeout) if isinstance(item, (str, bytes, os.PathLike)) else item
         inputs = dict(self.image_processor(picture, return_tensors="pt"))
         if len(inputs["pixel_values"]) != 1:
             raise ValueError(
@@ -105,6 +105,6 @@ def prepared_dataset(inputs: Any, prepare: Preparation) -> Dataset:
     if isinstance(inputs, Iterable):
         return _PreparedStream(inputs, prepare)
     raise TypeError(
-        f"Give a picture (path, URL, base64 text, PIL picture, array), or a list, dataset or generator of pictures; "
-        f"got {type(inputs).__name__}."
+        f"Give a picture (path, URL, base64 text, bytes of a file, PIL picture, array), or a list, dataset or "
+        f"generator of pictures; got {type(inputs).__name__}."
     )

@@ -171,13 +171,14 @@ class PipelineTesterMixin:
             "fractions": array.astype(np.float32) / 255,
             "tensor": torch.from_numpy(array).permute(2, 0, 1),
             "base64": text,
+            "bytes": path.read_bytes(),
             "data URI": f"data:image/png;base64,{text}",
             "dict": {"image": picture},
         }
         for kind, source in sources.items():
             found = segment(source)
             np.testing.assert_array_equal(found["segmentation"], expected["segmentation"], err_msg=kind)
-        for several in ([picture, str(path)], (picture, array), np.stack([array, array])):
+        for several in ([picture, path.read_bytes()], (picture, array), np.stack([array, array])):
             results = segment(several)
             assert isinstance(results, list)
             assert len(results) == 2
