@@ -21,7 +21,7 @@ from transformers.pipelines.pt_utils import KeyDataset
 
 import ov_segmentation
 from ov_segmentation import OpenVocabularySegmentationPipeline, Vocabulary
-from ov_segmentation.pipeline import TASK, Results, register_pipeline
+from ov_segmentation.pipeline import TASK, Results, logger, register_pipeline
 from tests.mixins.pipeline import NAMES, PipelineTesterMixin, assert_same_map, block_pictures, png
 from tests.models import test_san
 
@@ -131,12 +131,17 @@ def test_datasets_and_generators_are_read_as_the_results_are(segment, dataset):
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
-def test_workers(segment, dataset, num_workers):
+def test_workers(segment, dataset, num_workers, caplog):
+    logger.warning_once.cache_clear()
     expected = segment([row["image"] for row in dataset])
     found = list(segment(dataset, batch_size=2, num_workers=num_workers))
-    found += list(segment((row["image"] for row in dataset), num_workers=num_workers))
-    for result, wanted in zip(found, expected * 2, strict=True):
+    for _ in range(2):
+        found += list(segment((row["image"] for row in dataset), num_workers=num_workers))
+    for result, wanted in zip(found, expected * 3, strict=True):
         assert_same_map(result, wanted)
+    assert (
+        caplog.text.count("num_workers is set to 1") == num_workers - 1
+    )  # a stream has one reader, which is said once
 
 
 def test_error_in_a_worker_names_the_picture(segment, dataset, tmp_path):

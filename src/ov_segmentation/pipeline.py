@@ -144,7 +144,7 @@ class OpenVocabularySegmentationPipeline(PushToHub, Pipeline):
         num_workers = self._num_workers or 0 if num_workers is None else num_workers
         dataset = prepared_dataset(inputs, Preparation(self.processor.image_processor, **preprocess))
         if num_workers > 1 and isinstance(dataset, IterableDataset):
-            logger.warning("Several workers would each read the whole stream: num_workers is set to 1.")
+            logger.warning_once("Several workers would each read the whole stream: num_workers is set to 1.")
             num_workers = 1
         loader = DataLoader(dataset, batch_size=batch_size, num_workers=num_workers, collate_fn=list)
         results = Results(loader, segment)
