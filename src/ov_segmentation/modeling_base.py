@@ -168,7 +168,8 @@ class OpenVocabularySegmentationModel(PushToHub, FromCLIPMixin, TextSideMixin, P
 
         Args:
             pixel_values: `[B, 3, H, W]`, or `image_state` from `encode_image`; exactly one of them.
-            pixel_mask, original_sizes, reshaped_input_sizes, padded_sizes: as the image processor returns them.
+            pixel_mask, original_sizes, reshaped_input_sizes, padded_sizes: as the image processor returns them. Where
+                the pictures end is read from the sizes; the mask, which says the same, is checked for its shape alone.
             input_ids, attention_mask: `[K, P, L]` or `[K, P, S, L]` from the processor, or
             text_embeds: from `encode_vocabulary`; exactly one of the two.
             labels: `[B, H, W]` int64 class indices, -100 ignored, at the size of `pixel_values`: adds `loss`. It is

@@ -31,8 +31,8 @@ class PictureSideMixin:
 
         Args:
             for_training: asks for what only the loss needs (auxiliary outputs).
-            inputs: `pixel_mask`, `reshaped_input_sizes`, `output_hidden_states`, `output_attentions`, `output_maps` and
-                the resolved picture switches.
+            inputs: `reshaped_input_sizes`, `output_hidden_states`, `output_attentions`, `output_maps` and the resolved
+                picture switches.
         """
         raise NotImplementedError
 
@@ -65,7 +65,8 @@ class PictureSideMixin:
         """Everything that does not depend on the class names; pass the result as `image_state=` as often as you like.
 
         Args:
-            pixel_values: `[B, 3, H, W]` from the image processor, with the keys that come beside it.
+            pixel_values: `[B, 3, H, W]` from the image processor, with the keys that come beside it. Where the pictures
+                end is read from the sizes: `pixel_mask` `[B, H, W]` says the same, and only its shape is checked.
             output_hidden_states, output_attentions, output_maps: keep what `forward` may be asked for later; None: as
                 the configuration says.
             switches: those of `forward` that shape the picture side (`picture_switches`).
@@ -100,6 +101,7 @@ class PictureSideMixin:
             "reshaped_input_sizes": reshaped_input_sizes,
             "padded_sizes": padded_sizes,
         }
+        _check_mask(pixel_values, pixel_mask)
         _check_sizes(pixel_values.shape[0], given)
         whole = torch.tensor(pixel_values.shape[-2:]).expand(pixel_values.shape[0], 2)
         padded_sizes = whole if padded_sizes is None else padded_sizes
@@ -110,7 +112,6 @@ class PictureSideMixin:
         state = self._encode_pictures(
             pixel_values.to(device=self.device, dtype=self.dtype),
             for_training=for_training,
-            pixel_mask=pixel_mask,
             reshaped_input_sizes=reshaped_input_sizes,
             **records,
             **switches,
@@ -161,6 +162,17 @@ class PictureSideMixin:
                     f"{name} shapes the picture side, and this image_state was encoded with another value: give it to "
                     f"encode_image, or leave it out here."
                 )
+
+
+def _check_mask(pixel_values: torch.Tensor, pixel_mask: torch.Tensor | None) -> None:
+    if pixel_mask is None:
+        return
+    check_tensors(pixel_mask=pixel_mask)
+    if pixel_mask.shape != (len(pixel_values), *pixel_values.shape[-2:]):
+        raise ValueError(
+            f"pixel_mask {list(pixel_mask.shape)} must have the batch and picture size of pixel_values "
+            f"{list(pixel_values.shape)}."
+        )
 
 
 def _check_sizes(pictures: int, sizes: dict[str, torch.Tensor | None]) -> None:

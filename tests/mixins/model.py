@@ -539,6 +539,8 @@ class ModelTesterMixin:
             model(pixels, input_ids=torch.ones(1, 1, 2, dtype=torch.long), attention_mask=[[[1, 1]]])
         with pytest.raises(TypeError, match="reshaped_input_sizes must be a tensor, got list"):
             model(pixels, reshaped_input_sizes=[list(pixels.shape[-2:])], text_embeds=text)
+        with pytest.raises(TypeError, match="pixel_mask must be a tensor, got list"):
+            model(pixels, self.pictures()["pixel_mask"].tolist(), text_embeds=text)
         with pytest.raises(TypeError, match="labels must be a tensor, got list"):
             model(pixels, text_embeds=text, labels=self.labels().tolist())
         with pytest.raises(TypeError, match="image_state is what encode_image returns, got dict"):
@@ -551,6 +553,9 @@ class ModelTesterMixin:
             for wrong in (inputs[name][:1], inputs[name][:, :1]):
                 with pytest.raises(ValueError, match=rf"{name} must be \[2, 2\], .*got \[{wrong.shape[0]}, "):
                     model(**{**inputs, name: wrong})
+        for wrong in (inputs["pixel_mask"][:1], inputs["pixel_mask"][:, 1:], inputs["pixel_mask"][:, None]):
+            with pytest.raises(ValueError, match=r"pixel_mask .* must have the batch and picture size"):
+                model(**{**inputs, "pixel_mask": wrong})
         with pytest.raises(ValueError, match=r"none of them 0; got \[0, 3"):
             model(inputs["pixel_values"][:0], text_embeds=inputs["text_embeds"])
         with pytest.raises(ValueError, match=r"sample_seeds must be \[2\].* got \[3\]"):

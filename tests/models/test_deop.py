@@ -509,8 +509,9 @@ class TestPlainCLIP(ModelTesterMixin):
         """Padding changes nothing: the map is that of the picture without it."""
         model = self.model()
         whole = self.pictures(size=(64, 80))
-        padded = {**whole, "pixel_values": torch.nn.functional.pad(whole["pixel_values"], (0, 16, 0, 0))}
-        padded["padded_sizes"] = torch.tensor([[64, 96]])
+        padded = {**whole, "padded_sizes": torch.tensor([[64, 96]])}
+        for name in ("pixel_values", "pixel_mask"):
+            padded[name] = torch.nn.functional.pad(whole[name], (0, 16, 0, 0))
         text = self.text(model)
         with torch.no_grad():
             expected = model(**self.pictures(size=(64, 80)), text_embeds=text).logits
