@@ -197,9 +197,14 @@ def test_a_misspelt_field_of_the_model_is_found(pictures, tmp_path):
     TOKENIZER.save_pretrained(tmp_path)
     around = {"model_type": "san", "from_clip": str(tmp_path)}
     for model, tokenizer in (({"model_type": "san"}, "words"), (around, None)):
-        recipe = tiny(pictures, model={**model, "config": {"num_querys": 3}}, processor={"tokenizer": tokenizer})
-        with pytest.raises(RecipeError, match=r"'model\.config\.num_querys' in the recipe. Did you mean 'num_queries'"):
-            build_model_and_processor(recipe, [])
+        nested = {"clip_config": {"vision_config": {"image_sise": 32}}}
+        for config, told in (
+            ({"num_querys": 3}, r"'num_querys'. Did you mean 'num_queries'"),
+            (nested, r"'clip_config\.vision_config\.image_sise'. Did you mean 'image_size'"),
+        ):
+            recipe = tiny(pictures, model={**model, "config": config}, processor={"tokenizer": tokenizer})
+            with pytest.raises(ValueError, match=told):
+                build_model_and_processor(recipe, [])
 
 
 # ---------------------------------------------------------------------- order and seeds

@@ -1,11 +1,13 @@
 """What all configurations share."""
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from typing import Any, ClassVar
 
-from transformers import PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
+
+from .strict_mapping import known_names
 
 LEGACY_EOS_TOKEN_ID = 2
 
@@ -75,6 +77,33 @@ def configurations(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
     for name in config.sub_configs:
         if (part := getattr(config, name, None)) is not None:
             yield from configurations(part)
+
+
+def check_fields(config_class: type[PreTrainedConfig], values: Mapping[str, Any], where: str = "") -> None:
+    """Check that a configuration class, and those nested in it, have fields of the names given.
+
+    The classes themselves keep what they do not know, unread: files of other versions have to load.
+
+    Args:
+        config_class: the class.
+        values: field -> value; the fields of a nested configuration may be a mapping too.
+        where: dotted path of `values`, for the message.
+
+    Raises:
+        ValueError: an unknown field, with the closest known one.
+    """
+    # an instance also has what saved configurations hold beside the fields
+    default = config_class()
+    for name, value in values.items():
+        if not hasattr(default, name) and name != "attn_implementation":
+            known = [field.name for field in fields(config_class)]
+            raise ValueError(f"Unknown configuration field {where + name!r}. {known_names(name, known)}")
+        spec = config_class.sub_configs_defaults.get(name)
+        if spec is not None and isinstance(value, Mapping):
+            nested = spec.config_class
+            if nested is AutoConfig:
+                nested = spec.get_config_class(value.get("model_type", spec.model_type))
+            check_fields(nested, value, f"{where}{name}.")
 
 
 def check_positive(**limits: int | None) -> None:

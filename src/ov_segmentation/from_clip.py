@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import CLIPConfig, CLIPModel
 
-from .configuration_base import OpenVocabularySegmentationConfig
+from .configuration_base import OpenVocabularySegmentationConfig, check_fields
 from .layers.clip_stem import install_clip_stem, load_clip, split_clip_config
 from .layers.quick_gelu import replace_quick_gelu
 from .layers.sub_models import build_sub_model
@@ -39,7 +39,11 @@ class FromCLIPMixin:
 
         Returns:
             The model in float32, frozen as the method trains it.
+
+        Raises:
+            ValueError: a value for a field that the configuration does not have.
         """
+        check_fields(cls.config_class, config)
         if not isinstance(clip, CLIPModel):
             clip = load_clip(clip)
         clip_config, clip_stem = split_clip_config(clip.config)

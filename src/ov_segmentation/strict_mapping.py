@@ -48,10 +48,15 @@ def from_mapping(cls: type[T], values: Any, where: str = "") -> T:
 
 def unknown_key(where: str, key: str, known: typing.Iterable[str]) -> str:
     """Message about an unknown key, naming the closest known one."""
+    return f"Unknown key {where!r} in the recipe. {known_names(key, known)}"
+
+
+def known_names(name: str, known: typing.Iterable[str]) -> str:
+    """The end of a message about an unknown name: the closest known one, and all of them."""
     known = sorted(known)
-    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"Did you mean {close[0]!r}? " if close else ""
-    return f"Unknown key {where!r} in the recipe. {hint}Known here: {', '.join(known)}."
+    return f"{hint}Known here: {', '.join(known)}."
 
 
 def convert(value: Any, annotation: Any, where: str) -> Any:

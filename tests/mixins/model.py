@@ -761,6 +761,12 @@ class FromCLIPTesterMixin:
         with pytest.raises(LoadingError, match="nowhere/at-all is no folder here"):
             self.model_class.from_clip("nowhere/at-all", **self.clip_values)
 
+    def test_from_clip_refuses_a_field_that_there_is_not(self) -> None:
+        with pytest.raises(ValueError, match=r"field 'initializer_rang'. Did you mean 'initializer_range'"):
+            self.model_class.from_clip(self.clip(), **self.clip_values, initializer_rang=0.1)
+        with pytest.raises(ValueError, match=r"'clip_config\.vision_config\.patch_sice'. Did you mean 'patch_size'"):
+            self.model_class.from_clip(self.clip(), clip_config={"vision_config": {"patch_sice": 16}})
+
     def test_from_clip_is_in_float32_around_a_clip_of_half_precision(self, tmp_path: Path) -> None:
         self.clip().bfloat16().save_pretrained(tmp_path)
         model = self.model_class.from_clip(tmp_path, **self.clip_values).eval()

@@ -453,6 +453,8 @@ class TestSED(ModelTesterMixin, PipelineTesterMixin):
         tokens = self.token_ids(["road", "a tree"])
         torch.testing.assert_close(around.encode_vocabulary(**tokens), model.encode_vocabulary(**tokens))
         assert self.around(tmp_path, vision_config={"drop_path_rate": 0.0}).config.vision_config.drop_path_rate == 0
+        with pytest.raises(ValueError, match=r"'vision_config\.drop_path'. Did you mean 'drop_path_rate'"):
+            self.around(tmp_path, vision_config={"drop_path": 0.0})
 
     def test_open_clip_folders_that_are_incomplete(self, tmp_path: Path) -> None:
         model = self.model()

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -12,6 +9,7 @@ from torch import nn
 from transformers import AutoProcessor, AutoTokenizer, PreTrainedConfig
 
 from ..auto import METHODS, AutoModelForOpenVocabularySegmentation, Method, load_class
+from ..configuration_base import check_fields
 from ..data.word_tokenizer import build_word_tokenizer, words_of
 from ..strict_mapping import RecipeError, unknown_key
 from ..vocabulary import Vocabulary
@@ -88,28 +86,17 @@ def _pretrained(recipe: ModelRecipe) -> Any:
 def _around_clip(method: Method, recipe: ModelRecipe) -> Any:
     model_class = load_class(method.model)
     if recipe.from_sam is not None:
-        _check_fields(method, recipe)
         model = model_class.from_clip_and_sam(recipe.from_clip, recipe.from_sam, **recipe.config)
     else:
-        _check_fields(method, recipe, model_class.from_clip)
         model = model_class.from_clip(recipe.from_clip, **recipe.config)
     if recipe.attention is not None:
         model.set_attn_implementation(recipe.attention)
     return model.float()
 
 
-def _check_fields(method: Method, recipe: ModelRecipe, build: Callable[..., Any] | None = None) -> None:
-    """A `RecipeError` for a field that neither the configuration nor `build` has: transformers would keep it unread."""
-    known = {field.name for field in fields(load_class(method.config))}
-    known |= set() if build is None else set(inspect.signature(build).parameters)
-    for name in recipe.config:
-        if name not in known:
-            raise RecipeError(unknown_key(f"model.config.{name}", name, known))
-
-
 def _random(method: Method, recipe: Recipe, processor: Any) -> Any:
-    _check_fields(method, recipe.model)
     values, config_class = dict(recipe.model.config), load_class(method.config)
+    check_fields(config_class, values)
     if recipe.processor.tokenizer == WORDS:
         tokenizer = processor.tokenizer
         ids = {

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import CLIPConfig, CLIPModel, SamModel
+from transformers import CLIPConfig, CLIPModel, SamConfig, SamModel
 from transformers import initialization as init
 
 from ...layers.clip_finetuning import set_trained_clip_parameters
@@ -134,7 +134,7 @@ class ESCNetForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
             sam = SamModel.from_pretrained(sam)
         values = {name: getattr(sam.config, name).to_dict() for name in sam.config.sub_configs}
         values["mask_decoder_config"]["layer_norm_eps"] = SAM_LAYER_NORM_EPS
-        model = cls.from_clip(clip, **{**config, "sam_config": values})
+        model = cls.from_clip(clip, **{**config, "sam_config": SamConfig(**values)})
         model.load_sam(sam)
         return model
 

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import CLIPModel, CLIPTextModelWithProjection, CLIPVisionModel, ConvNextModel
 from transformers import initialization as init
 
-from ...configuration_base import check_positive
+from ...configuration_base import check_fields, check_positive
 from ...conversion import load_converted
 from ...layers.clip_stem import install_clip_stem
 from ...layers.convnext_clip import ConvNextCLIPModel
@@ -144,11 +144,14 @@ class SEDForOpenVocabularySegmentation(SEDEncoderMixin, OpenVocabularySegmentati
 
         Raises:
             ConversionError: damaged or missing weights, or an OpenCLIP model without ConvNeXt.
+            ValueError: a value for a field that the configuration does not have.
         """
         if isinstance(clip, (str, os.PathLike)) and find_open_clip(clip) is not None:
             values, weights = read_open_clip(clip)
         else:
             values, weights = clip_parts(clip)
+        tower = {"model_type": values["vision_config"]["model_type"], **config.get("vision_config", {})}
+        check_fields(cls.config_class, {**config, "vision_config": tower})
         for name in ("vision_config", "text_config"):
             values[name] = {**values[name], **config.pop(name, {})}
         model = cls(cls.config_class(**{**values, **config}))
