@@ -177,6 +177,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.here:
         print(json.dumps(measure_recipe(**json.loads(options.here))))
         return 0
+    if missing := [recipe for recipe in options.recipes if not Path(recipe).is_file()]:
+        sys.exit(f"training.py: there is no recipe {', '.join(missing)}.")
     rows = Rows(__file__, arguments, options)
     for recipe in options.recipes or [RECIPES / f"{name}.yaml" for name in recipe_names()]:
         start, name = time.perf_counter(), Path(recipe).stem

@@ -43,7 +43,12 @@ CLAIM_SEEDS = (1, 2)
 def main(arguments: Sequence[str] | None = None) -> None:
     """Parse the command line; train, evaluate and record what is missing; write the table."""
     options = parse(arguments)
-    studies = load_studies(options.studies)
+    try:
+        studies = load_studies(options.studies)
+        if options.table is not None and not options.table.parent.is_dir():
+            raise FileNotFoundError(f"There is no folder {options.table.parent} to write {options.table.name} to.")
+    except (OSError, ValueError) as error:
+        sys.exit(f"ablate.py: {type(error).__name__}: {error}")
     if unknown := {name.split("/")[0] for name in options.only} - set(studies):
         sys.exit(f"ablate.py: there are no studies {sorted(unknown)}, only {sorted(studies)}.")
     if options.limit and not options.data.is_dir():

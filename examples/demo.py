@@ -8,6 +8,7 @@ they never saw. They know nothing about photographs: for those, convert or load 
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from transformers import pipeline
 
 import ov_segmentation  # noqa: F401  registers the task
 from ov_segmentation.cli import table
+from ov_segmentation.download_errors import loading_explained
 from ov_segmentation.image_reading import read_image
 from ov_segmentation.visualization import overlay
 
@@ -45,12 +47,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--model", help="folder or Hub id of another checkpoint")
     parser.add_argument("--output", type=Path, default=Path("demo.png"), help="where the overlay goes")
     options = parser.parse_args(arguments)
-    segment = load(options.method) if options.model is None else load_checkpoint(options.model)
-    picture, _ = read_image(options.picture)
-    result = segment(picture, candidate_labels=options.labels, output_type="map", return_confidence=True)
-    print(table(result))
-    drawn = overlay(enlarged(picture), enlarged(result["segmentation"]), result["labels"])
-    side_by_side(Image.fromarray(enlarged(picture)), drawn).save(options.output)
+    try:
+        picture, _ = read_image(options.picture)
+        segment = load(options.method) if options.model is None else load_checkpoint(options.model)
+        result = segment(picture, candidate_labels=options.labels, output_type="map", return_confidence=True)
+        print(table(result))
+        drawn = overlay(enlarged(picture), enlarged(result["segmentation"]), result["labels"])
+        side_by_side(Image.fromarray(enlarged(picture)), drawn).save(options.output)
+    except (OSError, ValueError) as error:
+        # the message says what to do; a traceback would bury it
+        sys.exit(f"{type(error).__name__}: {error}")
     print(f"\nPicture and overlay: {options.output}")
 
 
@@ -61,7 +67,8 @@ def load(method: str) -> Any:
 
 def load_checkpoint(source: str) -> Any:
     """The pipeline of a folder or Hub id."""
-    return pipeline("open-vocabulary-segmentation", model=source, dtype=torch.float32)
+    with loading_explained(source):
+        return pipeline("open-vocabulary-segmentation", model=source, dtype=torch.float32)
 
 
 def enlarged(pixels: np.ndarray, least: int = 384) -> np.ndarray:

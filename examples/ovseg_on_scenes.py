@@ -33,7 +33,6 @@ from ov_segmentation.data.mining_run import MiningError, MiningRun, SourcePictur
 from ov_segmentation.data.nouns import find_tagger
 from ov_segmentation.data.scene_folders import EVALUATION_FOLDER, TRAIN_FOLDER, write_scenes
 from ov_segmentation.data.scene_vocabulary import SceneVocabulary
-from ov_segmentation.strict_mapping import RecipeError
 from ov_segmentation.training.adaptation_recipe import load_adaptation_recipe
 from ov_segmentation.training.checkpointing import CheckpointError
 from ov_segmentation.training.contrastive import ContrastiveRecipe, train_clip
@@ -77,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = sys.argv[1:] if arguments is None else arguments
     try:
         run(options, shlex.join(["python", "examples/ovseg_on_scenes.py", *given]))
-    except (RecipeError, RunFolderError, CheckpointError, MiningError, FileNotFoundError) as error:
+    except (RunFolderError, CheckpointError, MiningError, FileNotFoundError, ValueError) as error:
         # the message says what to do; a traceback would bury it
         sys.exit(f"{type(error).__name__}: {error}")
 

@@ -14,7 +14,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ov_segmentation.strict_mapping import RecipeError
 from ov_segmentation.training.adaptation_recipe import load_adaptation_recipe
 from ov_segmentation.training.checkpointing import CheckpointError
 from ov_segmentation.training.mask_adaptation import adapt
@@ -41,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         recipe = load_adaptation_recipe(options.recipe, options.set)
         adapt(recipe, options.output or Path("runs") / options.recipe.stem, options.resume, command)
-    except (RecipeError, RunFolderError, CheckpointError, FileNotFoundError, ImportError) as error:
+    except (RunFolderError, CheckpointError, FileNotFoundError, ImportError, ValueError) as error:
         # the message says what to do; a traceback would bury it
         sys.exit(f"{type(error).__name__}: {error}")
 

@@ -80,6 +80,12 @@ def test_the_document_is_what_the_ledgers_say() -> None:
     assert (ROOT / "docs" / "ablations.md").read_text(encoding="utf-8") == render(STUDIES, entries)
 
 
+@pytest.mark.parametrize("option", ["--studies", "--table"])
+def test_a_path_that_there_is_not_is_a_message(tmp_path: Path, option: str) -> None:
+    with pytest.raises(SystemExit, match=r"ablate\.py: FileNotFoundError: .*nothere"):
+        ablate.main(["--limit", "0", option, str(tmp_path / "nothere" / "x.md")])
+
+
 def test_rows_are_trained_recorded_and_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", f"{ROOT / 'src'}")
     scenes = tmp_path / "scenes"

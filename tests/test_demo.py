@@ -83,6 +83,20 @@ def test_demo_takes_other_names(tmp_path: Path) -> None:
     assert "blue plain circle" in printed
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--picture", "nothere.png"], "ValueError: no such file"),
+        (["--labels", "a,,b"], "ValueError: The name of class 1 is blank"),
+        (["--model", "nowhere/at-all"], "LoadingError: nowhere/at-all is no folder here"),
+        (["--output", "nothere/demo.png"], "FileNotFoundError: .*nothere/demo.png"),
+    ],
+)
+def test_bad_input_is_a_message(options: list[str], message: str) -> None:
+    with pytest.raises(SystemExit, match=message):
+        demo.main(options)
+
+
 @pytest.mark.slow
 def test_training_again_gives_the_same_checkpoint_within_two_points(tmp_path: Path) -> None:
     """Scenes, CLIP and SAN from nothing by the recipes (half an hour): mean IoU and hIoU within 2 points."""

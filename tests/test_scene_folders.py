@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from datasets import load_dataset
 
 from examples.evaluate_scenes import main as evaluate_command
+from examples.make_scenes import main as make_scenes_command
 from ov_segmentation.data.class_names import class_names
 from ov_segmentation.data.datasets import load_segmentation_data
 from ov_segmentation.data.scene_folders import world_suffix, write_scenes
@@ -27,6 +28,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("scenes")
     write_scenes(path, num_train=12, num_evaluation=16)
     return path
+
+
+def test_a_folder_that_cannot_be_written_is_a_message(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match=r"NotADirectoryError: .*file/scenes"):
+        make_scenes_command(["--output", str(tmp_path / "file" / "scenes"), "--train", "1", "--evaluation", "1"])
 
 
 def test_training_meets_the_names_of_tier_a_alone(folder: Path) -> None:

@@ -234,3 +234,8 @@ def test_rows_are_recorded_and_left_out_when_resumed(tmp_path, monkeypatch, caps
     assert "no memory" in shown
     assert "the time is over" in shown
     assert "misses units, floor" in shown
+
+
+def test_a_recipe_that_there_is_not_is_a_message():
+    with pytest.raises(SystemExit, match=r"there is no recipe nothere\.yaml"):
+        training.main(["nothere.yaml"])
