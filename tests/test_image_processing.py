@@ -132,6 +132,20 @@ def test_normalisation_and_padding():
         Padded()(picture, pad_multiple=0)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"image_mean": [1, 2]}, r"image_mean must be one number, or three .*got .1, 2"),
+        ({"image_std": 0}, "image_std must be positive, got 0"),
+        ({"image_std": [0.2, 0.0, 0.2]}, "image_std must be positive"),
+        ({"rescale_factor": 0}, "rescale_factor must be positive, got 0"),
+    ],
+)
+def test_pixels_that_would_not_be_numbers(options, message):
+    with pytest.raises(ValueError, match=message):
+        Padded()(noise(), **options)
+
+
 def test_wrong_argument_types():
     with pytest.raises(Exception, match=r"do_resize"):
         Padded()(noise(), do_resize="yes")

@@ -625,9 +625,10 @@ def test_image_processor_passes_its_order_of_operations():
         (OpenVocabularySegmentationOutput(), {}, "must hold either logits"),
         (class_outputs(B=2), {"target_sizes": [(5, 5)]}, "2 pictures need as many target sizes .*got 1"),
         (class_outputs(), {"target_sizes": [5]}, "one .height, width. per picture"),
+        (class_outputs(), {"target_sizes": 64}, "one .height, width. per picture, got 64"),
         (class_outputs(), {"target_sizes": [(5, 0)]}, "must be positive"),
         (class_outputs(reshaped_input_sizes=None), {}, "pass target_sizes"),
-        (class_outputs(), {"threshold": 1.5}, "threshold is a confidence in .0, 1., got 1.5"),
+        (class_outputs(), {"threshold": 1.5}, "threshold is a confidence between 0 and 1, got 1.5"),
         (class_outputs(), {"background": [2, 7]}, r"background indices \[7\] are out of range: there are 7 classes"),
         (class_outputs(), {"background": -1}, "no class with index -1"),
         (class_outputs(), {"background": "sky"}, r"background names \['sky'\]"),
@@ -644,6 +645,17 @@ def test_image_processor_passes_its_order_of_operations():
 def test_bad_input(outputs, options, message):
     with pytest.raises(ValueError, match=message):
         post_process_semantic_segmentation(outputs, **options)
+
+
+@pytest.mark.parametrize("outputs", [None, class_outputs().to_tuple(), dict(class_outputs())], ids=type)
+def test_outputs_are_what_a_model_returns(outputs):
+    with pytest.raises(TypeError, match=f"without return_dict=False.*got {type(outputs).__name__}"):
+        post_process_semantic_segmentation(outputs)
+
+
+def test_a_threshold_is_a_number():
+    with pytest.raises(TypeError, match=r"between 0 and 1, got '0\.5'"):
+        post_process_semantic_segmentation(class_outputs(), threshold="0.5")
 
 
 @pytest.mark.parametrize("background", [1.7, [1.7], True, [None]])

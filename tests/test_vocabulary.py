@@ -116,6 +116,11 @@ def test_templates_that_cannot_be_used(templates):
         Vocabulary(["a"], templates=templates)
 
 
+def test_templates_are_a_list():
+    with pytest.raises(TypeError, match=r"Prompt templates are a list of texts.*got 5"):
+        Vocabulary(["a"], templates=5)
+
+
 def test_templates_by_name_and_single():
     assert [len(load_prompt_templates(name)) for name in ("vild_14", "imagenet_80", "bare_1")] == [14, 80, 1]
     assert load_prompt_templates("one {}") == ("one {}",)

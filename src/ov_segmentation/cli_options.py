@@ -37,10 +37,9 @@ def vocabulary_of(options: argparse.Namespace) -> Vocabulary:
         FileNotFoundError: no such file or packaged vocabulary.
         ValueError: names that cannot be used, a threshold out of range.
     """
-    if options.threshold is not None and not 0 <= options.threshold <= 1:
-        raise ValueError(
-            f"--threshold is compared with confidences, which are between 0 and 1; got {options.threshold}."
-        )
+    from .post_processing import check_threshold  # torch, which the command line alone does not need
+
+    check_threshold(options.threshold)
     if options.labels is not None:
         return Vocabulary(split_names(options.labels))
     if options.vocabulary in BENCHMARKS:

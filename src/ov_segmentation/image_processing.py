@@ -223,13 +223,24 @@ def _mean_and_std(
     **unused: Any,
 ) -> tuple[np.ndarray, np.ndarray]:
     """What rescales and normalises uint8 pictures `[3, h, w]`: float32 `[3, 1, 1]`, to subtract and to divide by."""
+    if do_rescale and not rescale_factor > 0:
+        raise ValueError(f"rescale_factor must be positive, got {rescale_factor}.")
     scale = rescale_factor if do_rescale else 1 / 255 if fractions else 1.0
-    mean, std = (image_mean, image_std) if do_normalize else (0.0, 1.0)
+    mean = _per_channel("image_mean", image_mean if do_normalize else 0.0)
+    std = _per_channel("image_std", image_std if do_normalize else 1.0)
+    if not (std > 0).all():
+        raise ValueError(f"image_std must be positive, got {image_std}.")
     # the originals normalise 0..255 values with constants multiplied by 255: same rounding
-    mean, std = (
-        np.broadcast_to(np.asarray(x, np.float64) / scale, 3).astype(np.float32)[:, None, None] for x in (mean, std)
-    )
+    mean, std = ((x / scale).astype(np.float32)[:, None, None] for x in (mean, std))
     return mean, std
+
+
+def _per_channel(name: str, value: Any) -> np.ndarray:
+    """float64 `[3]` from one number, or one for each channel."""
+    numbers = np.asarray(value, np.float64)
+    if numbers.shape not in ((), (1,), (3,)) or not np.isfinite(numbers).all():
+        raise ValueError(f"{name} must be one number, or three (red, green, blue), got {value}.")
+    return np.broadcast_to(numbers, 3)
 
 
 def _prepare_labels(

@@ -13,6 +13,7 @@ from transformers.utils.generic import can_return_tuple
 from .configuration_base import OpenVocabularySegmentationConfig, configurations
 from .download_errors import loading_explained
 from .from_clip import FromCLIPMixin
+from .label_maps import IGNORED
 from .layers.clip_stem import CLIPStem, init_clip_stem_weights
 from .layers.freed_memory import keep_freed_memory
 from .layers.products import replace_linear
@@ -266,6 +267,12 @@ class OpenVocabularySegmentationModel(PushToHub, FromCLIPMixin, TextSideMixin, P
             raise ValueError(
                 f"labels {list(labels.shape)} must have the batch and picture size of pixel_values "
                 f"{list(pixel_values.shape)}: pass segmentation_maps= to the processor together with the pictures."
+            )
+        negative = labels[(labels < 0) & (labels != IGNORED)]
+        if len(negative):
+            raise ValueError(
+                f"labels hold {int(negative[0])}, which is no class; {IGNORED} is what is ignored. Pass "
+                f"ignore_index={int(negative[0])} to the processor, which replaces it."
             )
         highest = int(labels.max())
         if highest >= num_classes:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from functools import lru_cache
-from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from transformers.utils import logging
 from .auto import AutoModelForOpenVocabularySegmentation
 from .loading import processor_for
 from .pipeline_inputs import TIMEOUT, Preparation, Prepared, is_single, prepared_dataset
+from .post_processing import check_threshold
 from .pushing import PushToHub
 from .vocabulary import Vocabulary, resolve_background, split_names
 
@@ -86,11 +86,7 @@ class OpenVocabularySegmentationPipeline(PushToHub, Pipeline):
             options.pop("candidate_labels", None)
         else:
             options["candidate_labels"] = as_vocabulary(options["candidate_labels"])
-        threshold = options.get("threshold")
-        if threshold is not None and not isinstance(threshold, Real):
-            raise TypeError(f"threshold is a number between 0 and 1, got {threshold!r}.")
-        if threshold is not None and not 0 <= threshold <= 1:
-            raise ValueError(f"threshold is compared with confidences, which are between 0 and 1; got {threshold}.")
+        check_threshold(options.get("threshold"))
         if options.get("output_type", "masks") not in OUTPUT_TYPES:
             raise ValueError(f"output_type must be one of {', '.join(OUTPUT_TYPES)}, got {options['output_type']!r}.")
 

@@ -16,6 +16,7 @@ centres, no anti-aliasing):
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -77,10 +78,9 @@ def post_process_semantic_segmentation(
     Raises:
         ValueError: outputs of neither family, with NaN, or with rows that are not pictures x views; a number of target
             sizes that differs from the number of pictures; a background index out of range; a threshold not in [0, 1].
-        TypeError: a background class that is no index.
+        TypeError: outputs that no model returns, a background class that is no index, a threshold that is no number.
     """
-    if threshold is not None and not 0 <= threshold <= 1:
-        raise ValueError(f"threshold is a confidence in [0, 1], got {threshold}.")
+    check_threshold(threshold)
     num_pictures, num_classes = count_pictures(outputs)
     sizes = _target_sizes(outputs, target_sizes, num_pictures)
     folded, no_object = _background(background, num_classes, outputs.logits is not None)
@@ -98,12 +98,34 @@ def post_process_semantic_segmentation(
     return [OpenVocabularySegmentationPostProcessorOutput(result) for result in results]
 
 
+def check_threshold(threshold: float | None) -> None:
+    """Check what confidences are compared with.
+
+    Raises:
+        TypeError: neither a number nor None.
+        ValueError: a number not in [0, 1].
+    """
+    if threshold is None:
+        return
+    message = f"threshold is a confidence between 0 and 1, got {threshold!r}."
+    if not isinstance(threshold, Real):
+        raise TypeError(message)
+    if not 0 <= threshold <= 1:
+        raise ValueError(message)
+
+
 def count_pictures(outputs: OpenVocabularySegmentationOutput) -> tuple[int, int]:
     """Number of pictures and of classes in the outputs of a model of either family.
 
     Raises:
+        TypeError: something else.
         ValueError: outputs of neither family, or with rows that are not pictures x views.
     """
+    if not isinstance(outputs, OpenVocabularySegmentationOutput):
+        raise TypeError(
+            f"outputs must be the OpenVocabularySegmentationOutput that a model returns (without return_dict=False), "
+            f"got {type(outputs).__name__}."
+        )
     if (outputs.logits is None) == (outputs.class_queries_scores is None):
         raise ValueError(
             "The outputs must hold either logits (per-class family) or class_queries_scores and masks_queries_logits "
@@ -172,12 +194,12 @@ def _target_sizes(
             raise ValueError(
                 "The outputs hold no reshaped_input_sizes: pass target_sizes, one (height, width) per picture."
             )
-    if len(target_sizes) != num_pictures:
-        raise ValueError(f"{num_pictures} pictures need as many target sizes (height, width), got {len(target_sizes)}.")
     try:
         sizes = [_pair(size) for size in target_sizes]
     except (TypeError, ValueError):
         raise ValueError(f"target_sizes must be one (height, width) per picture, got {target_sizes}.") from None
+    if len(sizes) != num_pictures:
+        raise ValueError(f"{num_pictures} pictures need as many target sizes (height, width), got {len(sizes)}.")
     if any(side < 1 for size in sizes for side in size):
         raise ValueError(f"Target sizes must be positive, got {sizes}.")
     return sizes

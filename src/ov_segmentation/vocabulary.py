@@ -72,9 +72,12 @@ def load_prompt_templates(templates: str | Iterable[str]) -> tuple[str, ...]:
 
     Raises:
         ValueError: an unknown name, no template, or one that does not hold `{}` exactly once.
+        TypeError: neither a name nor templates.
     """
     if isinstance(templates, str):
         templates = (templates,) if "{}" in templates else _read("prompt_templates")[_choose_templates(templates)]
+    if not isinstance(templates, Iterable):
+        raise TypeError(f"Prompt templates are a list of texts, or the name of a set of them, got {templates!r}.")
     templates = tuple(templates)
     if not templates:
         raise ValueError("Give at least one prompt template, for example 'a photo of a {}.'.")
@@ -116,7 +119,7 @@ class Vocabulary:
         background: indices, and "no_object" if it was given; or None.
 
     Raises:
-        TypeError: names that are not text, or whose order is not defined (a set).
+        TypeError: names that are not text, or whose order is not defined (a set); templates that are no list.
         ValueError: no class, a blank name, a label or a synonym of one class given twice, two classes with the same
             names. A name that classes share beside others, and labels that differ only in case or blanks, give a
             warning.

@@ -577,6 +577,8 @@ class ModelTesterMixin:
             model(**inputs, labels=self.labels()[:, 1:])
         with pytest.raises(ValueError, match="class 255"):
             model(**inputs, labels=torch.full_like(self.labels(), 255))
+        with pytest.raises(ValueError, match=r"labels hold -1, .*Pass ignore_index=-1"):
+            model(**inputs, labels=torch.full_like(self.labels(), -1))
         with pytest.raises(TypeError, match=r"int64 class indices, got torch\.float32"):
             model(**inputs, labels=self.labels().float())
 
