@@ -2,7 +2,10 @@
 
 import importlib
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -114,6 +117,14 @@ def test_bad_input_is_a_message(whole, picture, tmp_path, options, message):
         run("--model", whole, *options)
     assert isinstance(ending.value.code, str)
     assert ending.value.code.startswith("ov-segment: ") and message in ending.value.code
+
+
+@pytest.mark.parametrize("module", ["ov_segmentation", "ov_segmentation.cli"])
+def test_the_command_as_a_module(module):
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1] / "src")}
+    done = subprocess.run([sys.executable, "-m", module], env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "usage: ov-segment" in done.stderr
 
 
 def test_a_wrong_command_line_ends_with_2(whole, picture, capsys):

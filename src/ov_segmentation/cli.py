@@ -136,3 +136,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", type=Path, metavar="FILE", help="the table as JSON")
     parser.add_argument("--device", help="e.g. cuda (default: cpu)")
     return parser
+
+
+if __name__ == "__main__":
+    main()
