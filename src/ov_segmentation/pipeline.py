@@ -20,6 +20,7 @@ from .loading import processor_for
 from .pipeline_inputs import TIMEOUT, Preparation, Prepared, is_single, prepared_dataset
 from .post_processing import check_threshold
 from .pushing import PushToHub
+from .text_encoding import CACHED_VOCABULARIES
 from .vocabulary import Vocabulary, resolve_background, split_names
 
 logger = logging.get_logger(__name__)
@@ -29,7 +30,6 @@ DEFAULT_MODEL = ("openai/clip-vit-base-patch16", "main")
 """Id and revision of the task's default: a plain CLIP, with which DeOP segments without training."""
 OUTPUT_TYPES = ("masks", "map")
 OPTIONS = ("candidate_labels", "background", "threshold", "output_type", "return_confidence", "timeout")
-CACHED_VOCABULARIES = 8
 
 
 class OpenVocabularySegmentationPipeline(PushToHub, Pipeline):
