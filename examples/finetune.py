@@ -11,6 +11,7 @@ the pictures is held out, to keep the best weights and to stop when they get no 
 from __future__ import annotations
 
 import argparse
+import math
 import shlex
 import sys
 import time
@@ -110,7 +111,7 @@ def report(recipe: Recipe, options: argparse.Namespace, result: dict[str, Any], 
     started = time.monotonic()
     before, after, names = score_before_and_after(recipe, options.output / "model", options.test_split)
     for name, *shares in zip(names, before.iou_per_class.tolist(), after.iou_per_class.tolist(), strict=True):
-        print(f"{name:>20}  {shares[0]:6.1%}  {shares[1]:6.1%}")
+        print(f"{name:>20}  {percent(shares[0]):>6}  {percent(shares[1]):>6}")
     print(f"{'mIoU':>20}  {before.miou:6.1%}  {after.miou:6.1%}   ({options.test_split}, {after.num_pixels:,} pixels)")
     if options.ledger is not None:
         ledger.append(
@@ -126,6 +127,11 @@ def report(recipe: Recipe, options: argparse.Namespace, result: dict[str, Any], 
             trainable=" + ".join(options.trainable),
             pictures=options.pictures,
         )
+
+
+def percent(share: float) -> str:
+    """A class's share for the table; a dash for one that neither labels nor predictions have."""
+    return "-" if math.isnan(share) else f"{share:.1%}"
 
 
 def figures(

@@ -202,6 +202,10 @@ def test_the_command_and_what_it_records(
     assert (tmp_path / "run/model/README.md").is_file()
 
 
+def test_a_class_that_does_not_occur_has_no_score() -> None:
+    assert [finetune.percent(share) for share in (0.256, float("nan"))] == ["25.6%", "-"]
+
+
 def test_held_out_pictures_without_a_label_are_named_before_the_first_step(pictures: Path, tmp_path: Path) -> None:
     data = shutil.copytree(pictures, tmp_path / "data")
     for file in (data / "annotations/val").iterdir():
