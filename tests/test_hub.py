@@ -101,13 +101,14 @@ def pushed(hub, tmp_path_factory):
     for name in ("mine", "another"):
         ledger.append(
             home / "ledger.jsonl",
-            command=f"measure {name}",
+            command=f"measure {name} --data={home}/streets",
             seed=0,
             seconds=1,
             figures={"miou": 0.25 if name == "mine" else 0.5},
             protocol="streets",
             method="san",
             name=name,
+            model=f"{home}/checkpoint",
         )
     hub.cut_commits = {"somebody/cut": 1}
     return reported(run(hub, home, "-c", PUSH, CHECKPOINT, home / "ledger.jsonl", *conversion))
@@ -136,7 +137,8 @@ def test_the_command_pushes_everything_in_one_commit(hub, pushed):
     assert list(repository.titles.values()) == ["initial commit", "all at once"]
     assert files[WEIGHTS] == (CHECKPOINT / WEIGHTS).read_bytes()
     (line,) = [json.loads(line) for line in files["results.jsonl"].splitlines()]
-    assert (line["command"], line["figures"]) == ("measure mine", {"miou": 0.25})
+    assert (line["command"], line["figures"]) == ("measure mine --data=streets", {"miou": 0.25})
+    assert line["model"] == "checkpoint"
     card = ModelCard(files["README.md"].decode())
     values = {result.metric_name: result.metric_value for result in card.data.eval_results}
     assert values == {"mean IoU": 0.25}

@@ -23,7 +23,16 @@ from huggingface_hub.errors import (
 )
 
 from .checkpoint_results import RESULTS_FILE, results_of, saved_weights_digest
-from .model_card import CARD, CardError, History, build_card, is_generated, read_config, recorded_history
+from .model_card import (
+    CARD,
+    CardError,
+    History,
+    build_card,
+    is_generated,
+    public_command,
+    read_config,
+    recorded_history,
+)
 
 RepoType = Literal["model", "dataset"]
 MODEL_FOLDER = "model"
@@ -94,9 +103,11 @@ def push_checkpoint(
     folder = checkpoint_folder(Path(folder))
     try:
         _, method = read_config(folder)
-        entries = results_of(folder, [Path(path) for path in ledgers], method.model_type, name)
+        lines = results_of(folder, [Path(path) for path in ledgers], method.model_type, name)
     except (CardError, LookupError, FileNotFoundError, ValueError) as error:
         raise HubError(str(error)) from error
+    # commands, and names of checkpoints that have no other, hold paths of the disk that a ledger lies on
+    entries = [{key: public_command(it) if isinstance(it, str) else it for key, it in line.items()} for line in lines]
     files = {path: folder / path for path in _checkpoint_files(folder)}
     own_card = folder / CARD if CARD in files else None
     if own_card is not None and (overwrite_card or is_generated(own_card.read_text(encoding="utf-8"))):
