@@ -526,6 +526,48 @@ def test_per_class_ties_go_to_the_lowest_index(seed):
         assert not (found != scores.argmax(0))[gap(scores) > 1e-6].any()
 
 
+def neighbouring_scores(seed):
+    """Two classes with a score each, the second one the next larger number: interpolation rounds some of them alike."""
+    torch.manual_seed(seed)
+    lower = torch.randn(1)
+    both = torch.stack([lower, torch.nextafter(lower, torch.tensor(9.0))], dim=1)[..., None, None]
+    return OpenVocabularySegmentationOutput(logits=both.repeat(1, 1, 7, 9), score_function="sigmoid"), (80 + seed, 70)
+
+
+def sums_in_another_order(seed):
+    """Eight classes with the same weights of queries that are present everywhere, each in an order of its own."""
+    torch.manual_seed(seed)
+    weights = torch.rand(40)
+    outputs = mask_outputs(padded=(64, 64), sizes=((64, 64),))
+    outputs.class_queries_scores = torch.stack([weights[torch.randperm(40)] for _ in range(8)], dim=1)[None]
+    outputs.masks_queries_logits = torch.full((1, 40, 8, 8), 40.0)
+    return outputs, (64, 64)
+
+
+def masks_at_the_threshold(seed):
+    """Two queries with a class each; the mask of the stronger one is as little above the threshold as can be, and
+    interpolation rounds it below that in places."""
+    torch.manual_seed(seed)
+    threshold = 0.3 + 0.6 * torch.rand(1).item()
+    outputs = mask_outputs(padded=(64, 70), sizes=((64, 70),), mask_threshold=threshold)
+    outputs.class_queries_scores = torch.tensor([[[0.6, 0.0], [0.0, 0.5]]])
+    lowest = torch.tensor(threshold).logit() - 1e-6
+    while lowest.sigmoid() <= threshold:
+        lowest = torch.nextafter(lowest, torch.tensor(9.0))
+    outputs.masks_queries_logits = torch.stack([lowest, torch.tensor(9.0)])[None, :, None, None].repeat(1, 1, 7, 9)
+    return outputs, (64, 70)
+
+
+@pytest.mark.parametrize("near_tie", [neighbouring_scores, sums_in_another_order, masks_at_the_threshold])
+def test_rounding_hides_no_winner(near_tie):
+    """Bounds that are equal to scores but for rounding: what they leave out must not be the best class somewhere."""
+    for seed in range(24):
+        outputs, size = near_tie(seed)
+        every = post_process_semantic_segmentation(outputs, [size], return_segmentation_scores=True)[0]
+        assert torch.equal(every.segmentation, every.segmentation_scores.argmax(0))
+        assert torch.equal(post_process_semantic_segmentation(outputs, [size])[0], every.segmentation)
+
+
 # ------------------------------------------------------------------ background, threshold, confidence
 
 
