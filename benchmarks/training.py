@@ -101,7 +101,7 @@ def measure_recipe(recipe: str, folder: str, changes: Sequence[str], steps: int,
     skipped = 1 + MADE_AHEAD * values.get("num_workers", 0)
     values |= {"steps": skipped + steps}
     with tempfile.TemporaryDirectory() as output, timer.running():
-        RUNNERS[kind](values, Path(output) / "run", timer, threads)
+        RUNNERS[kind](values, Path(output) / "run", timer)
     return {
         **timer.figures(skipped),
         "before_mib": round(before),
@@ -111,8 +111,10 @@ def measure_recipe(recipe: str, folder: str, changes: Sequence[str], steps: int,
     }
 
 
-def run_loop(values: Mapping[str, Any], output: Path, timer: StepTimer, threads: int) -> None:
+def run_loop(values: Mapping[str, Any], output: Path, timer: StepTimer) -> None:
     """A run of segmentation or of mask adaptation, without evaluation, checkpoints and export."""
+    import torch
+
     from ov_segmentation.strict_mapping import from_mapping
     from ov_segmentation.training.adaptation_recipe import AdaptationRecipe
     from ov_segmentation.training.loop import SegmentationRun
@@ -121,7 +123,8 @@ def run_loop(values: Mapping[str, Any], output: Path, timer: StepTimer, threads:
 
     adapts = kind_of(values) == "adaptation"
     recipe_class, run_class = (AdaptationRecipe, AdaptationRun) if adapts else (Recipe, SegmentationRun)
-    values = {**values, "threads": threads}
+    # what the recipe says would undo what this process was told
+    values = {**values, "threads": torch.get_num_threads()}
     run = run_class(from_mapping(recipe_class, values), output, "never")
     run.evaluates = False
     run.store.save = lambda *given: None
@@ -137,7 +140,7 @@ def run_loop(values: Mapping[str, Any], output: Path, timer: StepTimer, threads:
     run.train([False])
 
 
-def run_clip(values: Mapping[str, Any], output: Path, timer: StepTimer, threads: int) -> None:
+def run_clip(values: Mapping[str, Any], output: Path, timer: StepTimer) -> None:
     """Contrastive training of a small CLIP; loading: crops, captions, and scenes made anew."""
     from ov_segmentation.strict_mapping import from_mapping
     from ov_segmentation.training import contrastive
@@ -151,7 +154,7 @@ def run_clip(values: Mapping[str, Any], output: Path, timer: StepTimer, threads:
         contrastive.train_clip(recipe, output, progress_bar=False)
 
 
-def run_sam(values: Mapping[str, Any], output: Path, timer: StepTimer, threads: int) -> None:
+def run_sam(values: Mapping[str, Any], output: Path, timer: StepTimer) -> None:
     """Training of a small SAM; loading: the making of scenes."""
     from ov_segmentation.data.scenes import SceneGenerator
     from ov_segmentation.strict_mapping import from_mapping

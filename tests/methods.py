@@ -80,4 +80,4 @@ SED = Case(
 )
 CAT_SEG = Case(CATSegTester)
 ESC_NET = Case(ESCNetTester, {"boxes": {"prompt_types": ("boxes",)}, "no_sam": {"use_sam_blocks": False}})
-METHODS = {"san": SAN, "ovseg": OVSEG, "deop": DEOP, "sed": SED, "cat_seg": CAT_SEG, "esc_net": ESC_NET}
+CASE_OF = {"san": SAN, "ovseg": OVSEG, "deop": DEOP, "sed": SED, "cat_seg": CAT_SEG, "esc_net": ESC_NET}

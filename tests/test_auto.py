@@ -99,7 +99,7 @@ def test_auto_classes_resolve_a_folder(folder):
         assert type(auto.from_config(config)) is ov_segmentation.SANForOpenVocabularySegmentation
 
 
-def test_other_models_are_refused_and_left_alone(tmp_path):
+def test_other_models_are_refused_and_left_alone():
     with pytest.raises(ValueError, match=r"CLIPTextConfig.*AutoModelForOpenVocabularySegmentation"):
         AutoModelForOpenVocabularySegmentation.from_config(CLIPTextConfig())
     small = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}

@@ -173,7 +173,7 @@ def test_a_whole_checkpoint(whole, tmp_path, capsys):
     assert code == 1 and f"the folder of a training run: its checkpoint is {run_folder / 'model'}" in report
 
 
-def test_half_precision_is_told(whole, copied, capsys):
+def test_half_precision_is_told(copied, capsys):
     model = Tiny().model().bfloat16()
     model.save_pretrained(copied)
     assert "bfloat16" in doctor(capsys, copied)[1]

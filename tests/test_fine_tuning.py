@@ -162,9 +162,7 @@ def test_low_rank_updates_survive_a_stop_and_are_merged_at_the_end(
     }
 
 
-def test_the_start_is_scored_and_kept_where_nothing_is_better(
-    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_start_is_scored_and_kept_where_nothing_is_better(pictures: Path, tmp_path: Path) -> None:
     """A learning rate that ruins the model: what is exported is what it began with."""
     fields = {
         "data": {**tiny_recipe(pictures)["data"], "eval_split": None, "holdout": 2},

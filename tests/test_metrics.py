@@ -209,7 +209,7 @@ def test_evaluate_metric_equals_the_matrix():
         metric.compute(predictions=predictions)
 
 
-def test_evaluate_combine(tmp_path, monkeypatch):
+def test_evaluate_combine():
     import evaluate
 
     from ov_segmentation.evaluate_metric import OpenVocabularySegmentationMetric

@@ -102,7 +102,7 @@ def test_long_labels_are_cut_with_the_end_token_last_and_a_warning(processor, to
         assert processor(text=fitting, return_tensors="pt")["input_ids"].shape == (1, 1, 16)
 
 
-def test_context_is_77_where_the_tokenizer_states_none(processor, tokenizer):
+def test_context_is_77_where_the_tokenizer_states_none(processor):
     limitless = build_word_tokenizer(["car"], model_max_length=10**30)
     with pytest.warns(UserWarning, match="context of 77"):
         ids = SANProcessor(processor.image_processor, limitless)(text=["car " * 100], return_tensors="pt")["input_ids"]

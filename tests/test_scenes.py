@@ -3,6 +3,7 @@
 import itertools
 import pickle
 import random
+import re
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from datasets import Dataset, Features, Image, load_dataset
 from PIL import Image as PILImage
 
 from ov_segmentation.data.class_names import class_names, with_class_names
-from ov_segmentation.data.scene_captions import build_scene_tokenizer, caption_words, split_words, write_caption
+from ov_segmentation.data.scene_captions import build_scene_tokenizer, caption_words, write_caption
 from ov_segmentation.data.scene_drawing import shape_outlines
 from ov_segmentation.data.scene_vocabulary import THING_SHAPES, TIERS, SceneVocabulary
 from ov_segmentation.data.scenes import GEOMETRIES, SceneGenerator
@@ -197,6 +198,12 @@ class TestCrops:
         assert not changed[128:].any()
 
 
+def split_words(tokenizer, texts):
+    """Words of `texts` that the tokenizer has to split, i.e. that no caption contains."""
+    words = {word for text in texts for word in re.findall(r"\w+", text.lower())}
+    return sorted(word for word in words if len(tokenizer(word, add_special_tokens=False).input_ids) > 1)
+
+
 class TestTokenizer:
     def test_every_caption_word_is_one_token(self, tokenizer):
         assert split_words(tokenizer, caption_words()) == []
@@ -255,7 +262,7 @@ class TestDataset:
         assert np.array_equal(np.asarray(dataset[0]["annotation"]), batch.label_maps[0].numpy())
         assert batch.label_maps.max() > 255
 
-    def test_names_for_any_dataset(self, tmp_path):
+    def test_names_for_any_dataset(self):
         maps = [PILImage.fromarray(np.array([[0, 1], [255, 1]], np.uint8)) for _ in range(2)]
         features = Features({"mask": Image()})
         dataset = Dataset.from_dict({"mask": maps}, features=features)

@@ -23,18 +23,18 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ov_segmentation.strict_mapping import RecipeError
 from ov_segmentation.training.sharding import make_shardable, whole_weights
 from ov_segmentation.training.trainable import select_trainable
-from tests.methods import METHODS
+from tests.methods import CASE_OF
 
 ROOT = Path(__file__).parents[1]
 BATCH = 4
-STAGES = [(method, stage) for method, case in METHODS.items() for stage in case.stages]
+STAGES = [(method, stage) for method, case in CASE_OF.items() for stage in case.stages]
 # low-rank updates go through the same wrapper, but their layers are others
 CASES = [*((method, stage, "method") for method, stage in STAGES), ("cat_seg", "", "lora"), ("sed", "", "lora")]
 
 
 def build(method: str, stage: str, trainable: str) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
     """A model in training mode and a batch whose last picture has no labels at all."""
-    case = METHODS[method]
+    case = CASE_OF[method]
     model = case.model(stage).train()
     torch.manual_seed(1)
     select_trainable(model, trainable)
@@ -68,7 +68,7 @@ def work(folder: Path) -> None:
     for case in CASES:
         model, inputs = build(*case)
         share = slice(rank * BATCH // size, (rank + 1) * BATCH // size)
-        per_picture = METHODS[case[0]].tester().pictures(1).keys() | {"labels", "sample_seeds"}
+        per_picture = CASE_OF[case[0]].tester().pictures(1).keys() | {"labels", "sample_seeds"}
         mine = {name: value[share] if name in per_picture else value for name, value in inputs.items()}
         wrapped = DistributedDataParallel(model, find_unused_parameters=True)
         results = {"ddp": step(wrapped, mine)}
@@ -128,7 +128,7 @@ def count_calls(model: torch.nn.Module) -> tuple[set[str], Counter[str]]:
 
 
 class StepTester:
-    """Subclass it with a method's key in `METHODS`."""
+    """Subclass it with a method's key in `CASE_OF`."""
 
     method: ClassVar[str]
 
@@ -206,12 +206,12 @@ class TestESCNet(StepTester):
 
 
 def test_a_single_number_cannot_be_shared_out() -> None:
-    model = METHODS["san"].model()
+    model = CASE_OF["san"].model()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     make_shardable(model)
     assert "clip.logit_scale" in dict(model.named_buffers())
     assert model.state_dict().keys() == before.keys()
-    model = METHODS["san"].model()
+    model = CASE_OF["san"].model()
     select_trainable(model, ["logit_scale"])
     with pytest.raises(RecipeError, match=r"clip\.logit_scale is a single number"):
         make_shardable(model)

@@ -514,7 +514,7 @@ class TestOVSegConversion(ConversionTesterMixin):
         with pytest.raises(ConversionError, match="something"):
             self.rules.convert(self.checkpoint, self.config(), more)
 
-    def test_prompts_need_a_place(self, tmp_path: Path) -> None:
+    def test_prompts_need_a_place(self) -> None:
         """A checkpoint with mask prompts does not become a model without them unnoticed."""
         config = self.config()
         config.prompt_type = "none"

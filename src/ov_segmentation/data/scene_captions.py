@@ -8,7 +8,6 @@ made-up words, which teaches the text tower not to mind them.
 from __future__ import annotations
 
 import random
-import re
 import string
 from collections.abc import Iterable
 
@@ -88,9 +87,3 @@ def caption_words() -> list[str]:
 def build_scene_tokenizer(model_max_length: int = 77) -> CLIPTokenizer:
     """The tokenizer of the scene CLIPs, which knows the words of their captions (see `word_tokenizer`)."""
     return build_word_tokenizer(caption_words(), model_max_length)
-
-
-def split_words(tokenizer: CLIPTokenizer, texts: Iterable[str]) -> list[str]:
-    """Words of `texts` that the tokenizer has to split, i.e. that no caption contains: the model cannot know them."""
-    words = {word for text in texts for word in re.findall(r"\w+", text.lower())}
-    return sorted(word for word in words if len(tokenizer(word, add_special_tokens=False).input_ids) > 1)

@@ -12,8 +12,6 @@ from torch import nn
 
 from .clip_vision import attend_to, run_block
 
-MODES = ("none", "identity", "mask_gain", "mask_guided")
-
 
 def token_masks(masks: torch.Tensor, num_leading: int) -> torch.Tensor:
     """Mask probabilities `[B, N, h, w]` on the patch grid as `[B, N, T]` per token; leading tokens are in all masks."""
