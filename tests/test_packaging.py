@@ -156,10 +156,20 @@ def test_wheel_has_the_console_command(wheel):
     assert "ov-segment = ov_segmentation.cli:main" in commands
 
 
-def test_pins_are_within_the_ranges_and_complete(wheel):
+@pytest.fixture(scope="module")
+def metadata(wheel):
     with zipfile.ZipFile(wheel) as archive:
         (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
-        metadata = Parser().parsestr(archive.read(name).decode())
+        return Parser().parsestr(archive.read(name).decode())
+
+
+def test_wheel_says_what_it_is(metadata):
+    assert metadata["License"] == "Apache-2.0"
+    told = {"Topic :: Scientific/Engineering :: Image Recognition", "Typing :: Typed"}
+    assert told <= set(metadata.get_all("Classifier", []))
+
+
+def test_pins_are_within_the_ranges_and_complete(metadata):
     lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
     pins = {canonical(pin.name): pin for pin in map(Requirement, lines)}
     ranges = [Requirement(line) for line in metadata.get_all("Requires-Dist")]
