@@ -6,6 +6,7 @@ FOLDER holds `images/` and `masks/` (same file names; a mask is a PNG whose pixe
 `class_names.json`, a list of the names in index order; any data set that `load_dataset` reads works too. A fifth of
 the pictures is held out, to keep the best weights and to stop when they get no better. What comes out,
 `runs/mine/model`, is a checkpoint like any other. Start the same command again after a kill: it continues.
+Several CPU processes: `ACCELERATE_USE_CPU=true torchrun --nproc_per_node 2 examples/finetune.py ...`.
 """
 
 from __future__ import annotations
