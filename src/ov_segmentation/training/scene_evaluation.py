@@ -45,7 +45,8 @@ def evaluate_scenes(
 
     Returns:
         `{things,stuff}_{a,b,c}`: mean IoU over the classes of a tier; `hiou`: harmonic mean of tiers a and b + c, all
-        classes; `miou`, `pixel_accuracy`; the same under `shuffled_` and `random_`.
+        classes; `miou`, `pixel_accuracy`; the same under `shuffled_` and `random_`. A class that no scene shows counts
+        as 0 in its tier and in `hiou` if it is predicted (the recorded figures were measured so), and not in `miou`.
     """
     _check_names(pictures, scenes)
     if unknown := set(floors) - set(FLOORS):
