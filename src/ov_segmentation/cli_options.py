@@ -66,7 +66,11 @@ def add_column_options(parser: argparse.ArgumentParser) -> None:
     """How a data set of the user's is read, beside `--ignore-index`; `columns_of` takes the answers."""
     parser.add_argument("--image-column", help="of a data set of yours (default: by type and usual names)")
     parser.add_argument("--annotation-column", help="likewise, of the label maps")
-    parser.add_argument("--reduce-labels", action="store_true", help="id 0 is no class, and the classes begin at 1")
+    parser.add_argument(
+        "--reduce-labels",
+        action="store_true",
+        help="id 0 is no class, every other id is lowered by one; --ignore-index means lowered ids",
+    )
 
 
 def columns_of(options: argparse.Namespace) -> dict[str, Any]:

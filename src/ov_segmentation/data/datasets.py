@@ -66,7 +66,8 @@ def load_segmentation_data(
         class_names: names in index order (a list inside: synonyms), the key of a packaged benchmark, or a JSON file of
             such a list. Default: `class_names.json` in the folder, or the dataset's features.
         protocol: whose spelling of a packaged benchmark's names, where the methods differ.
-        ignore_index: ids in the label maps that are no class.
+        ignore_index: ids in the label maps that are no class; with `reduce_labels` the lowered ids, so that a file's
+            255 is 254.
         reduce_labels: see `SegmentationData`.
         streaming: read while going, for `SegmentationData.stream` (parquet folders and Hub ids).
 

@@ -93,7 +93,8 @@ class DataRecipe:
         image_column, annotation_column: found automatically when None.
         class_names: list (a list inside it: synonyms), key of a packaged benchmark ("camvid_11"), or a JSON file;
             None: from the dataset's features.
-        ignore_index: ids in the label maps that are no class.
+        ignore_index: ids in the label maps that are no class; with `reduce_labels` the lowered ids, so that a file's
+            255 is 254.
         reduce_labels: id 0 is ignored and every other id is lowered by one (ADE20K's files).
         regions_per_class: train on so many regions of each class, cut out, in place of whole pictures; see
             `ov_segmentation.data.regions`.
@@ -154,7 +155,8 @@ class OptimizerRecipe:
 
 @dataclass(frozen=True)
 class ScheduleRecipe:
-    """Learning rate over optimizer steps t of T, after a linear warm-up or, with `warmup_factor`, one at that factor.
+    """Learning rate over optimizer steps t of T, times (t + 1) / (`warmup_steps` + 1) in a linear warm-up; with
+    `warmup_factor`, that factor alone during the warm-up.
 
     "poly": (1 - t/T)^power. "cosine": half a cosine to 0. "constant": 1 until `decay_from` (a share of T), then linear
     to 0.
