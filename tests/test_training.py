@@ -350,6 +350,19 @@ def test_sigterm_saves_a_full_disk_spoils_nothing_and_the_run_goes_on(pictures, 
     assert_same_run(whole_run, run)
 
 
+def test_ctrl_c_saves_and_a_second_one_ends_at_once(pictures, tmp_path):
+    """Step 4 of 8 has two micro-batches: the signal comes in the last one, or in both."""
+    recipe = write_recipe(tmp_path / "tiny.yaml", tiny_recipe(pictures))
+    for calls, code, steps in ((7, 130, [3, 4]), (6, -signal.SIGINT, [3])):
+        run = tmp_path / str(calls)
+        done = launch(recipe, run, kill_after=calls, number=signal.SIGINT)
+        assert done.returncode == code, done.stderr[-3000:]
+        assert CheckpointStore(run / "checkpoints", 2).steps() == steps
+        assert done.stderr.count("Ctrl-C again ends it at once") == 1
+        assert ("Stopped by SIGINT after step 4; the same command continues" in done.stdout) == (code == 130)
+        assert ("Traceback" in done.stderr) == (code != 130)
+
+
 def brief(pictures, **changes):
     """One step, no evaluation, no workers."""
     data = {**tiny_recipe(pictures)["data"], "eval_split": None}

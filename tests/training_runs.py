@@ -102,7 +102,7 @@ def write_recipe(path: Path, recipe: dict[str, Any]) -> Path:
     return path
 
 
-KILL_IN_FORWARD = """
+SIGNAL_IN_FORWARD = """
 import os, signal, sys
 from ov_segmentation.models.san.modeling_san import SANForOpenVocabularySegmentation as Model
 from examples.train import main
@@ -111,7 +111,7 @@ def counted(self, *args, **kwargs):
     global calls
     calls += self.training
     if calls > {calls}:
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.killpg(0, {number})
     return forward(self, *args, **kwargs)
 Model.forward = counted
 main(sys.argv[1:])
@@ -119,9 +119,10 @@ main(sys.argv[1:])
 
 
 def launch(
-    recipe: Path, output: Path, *, kill_after: int | None = None, processes: int = 1
+    recipe: Path, output: Path, *, kill_after: int | None = None, number: int = signal.SIGKILL, processes: int = 1
 ) -> subprocess.CompletedProcess:
-    """`examples/train.py` in processes of its own; `kill_after`: SIGKILL in the training forward behind so many."""
+    """`examples/train.py` in processes of its own; `kill_after`: in each training forward behind so many, signal
+    `number` to it and its workers, as a terminal sends it."""
     environment = {
         **os.environ,
         "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}",
@@ -129,14 +130,16 @@ def launch(
         "OMP_NUM_THREADS": "1",
     }
     if kill_after is not None:
-        start = [sys.executable, "-c", KILL_IN_FORWARD.format(calls=kill_after)]
+        start = [sys.executable, "-c", SIGNAL_IN_FORWARD.format(calls=kill_after, number=int(number))]
     elif processes > 1:
         start = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=0"]
         start += ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", "examples/train.py"]
     else:
         start = [sys.executable, "examples/train.py"]
     command = [*start, "--recipe", str(recipe), "--output", str(output)]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, start_new_session=True
+    )
 
 
 def was_killed(done: subprocess.CompletedProcess) -> bool:

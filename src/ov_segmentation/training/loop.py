@@ -39,7 +39,7 @@ def train(recipe: Recipe, output: str | Path, resume: str = "auto", command: str
     Raises:
         RunFolderError: `output` belongs to another recipe, or is not empty with resume="never".
         RecipeError, CheckpointError, ValueError: with the place and what to do.
-        Terminated: SIGTERM came; everything is saved.
+        Terminated: SIGTERM or Ctrl-C came; everything is saved.
     """
     return SegmentationRun(recipe, Path(output), resume).execute(command)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,7 +34,7 @@ from .optimization import build_optimizer, learning_rate_factor, set_learning_ra
 from .randomness import seed_step
 from .run_folder import CHECKPOINTS, RunFolder
 from .sharding import make_shardable, whole_weights
-from .termination import TERMINATED, Terminated, termination_flag
+from .termination import Terminated, stop_signals
 from .trackers import JSONLinesTracker, build_trackers
 
 DIVERGED = (
@@ -142,12 +143,12 @@ class TrainingRun:
 
     def execute(self, command: str) -> dict[str, Any]:
         """Train what is left to train, export; `command`: shell command, recorded in the exported weights."""
-        with termination_flag() as terminated:
-            self.train(terminated)
+        with stop_signals() as arrived:
+            self.train(arrived)
         return self.finish(command)
 
-    def train(self, terminated: list[bool]) -> None:
-        """Run the remaining optimizer steps."""
+    def train(self, arrived: list[signal.Signals]) -> None:
+        """Run the remaining optimizer steps; `arrived`: see [`stop_signals`]."""
         recipe, state = self.recipe, self.state
         batches = self._batches()
         self._clock = time.monotonic(), time.process_time()
@@ -170,13 +171,14 @@ class TrainingRun:
                     improved = self._evaluate()
                     self._tick()
                     is_last = is_last or self._stopped_early()
-                stop = self._any(terminated[0])
+                stop = self._any(bool(arrived))
                 if improved or is_last or stop or state.step % recipe.checkpoint.interval == 0:
                     self._save()
                 if stop and not is_last:
-                    self._say(f"Stopped by SIGTERM after step {state.step}; the same command continues.")
+                    number = arrived[0] if arrived else signal.SIGTERM  # where only another process was told
+                    self._say(f"Stopped by {number.name} after step {state.step}; the same command continues.")
                     self._end()
-                    raise Terminated(TERMINATED)
+                    raise Terminated(number)
 
     def finish(self, command: str) -> dict[str, Any]:
         """Export the model and write `result.json`; of a run that was over already, both stay as they are."""

@@ -24,7 +24,7 @@ from ..data.scenes import SceneGenerator
 from ..strict_mapping import RecipeError, from_mapping
 from .one_file_checkpoint import OneFileFolder, OneFileState
 from .recipe import read_recipe
-from .termination import TERMINATED, Terminated, termination_flag
+from .termination import Terminated, stop_signals
 
 LOG_FILE = "train_log.jsonl"
 R = TypeVar("R", bound="SceneRecipe")
@@ -147,8 +147,8 @@ class SceneTraining:
     ) -> dict[str, Any]:
         """Train, evaluate and save; equal arguments give equal weights on one machine (unless `minutes` is given).
 
-        A run that was killed, or stopped by SIGTERM, continues from its last checkpoint, to the same bits; one that is
-        over is not done again.
+        A run that was killed, or stopped by SIGTERM or Ctrl-C, continues from its last checkpoint, to the same bits;
+        one that is over is not done again.
 
         Args:
             output: folder for the model, recipe and log (`train_log.jsonl`).
@@ -163,7 +163,7 @@ class SceneTraining:
             RunFolderError: `output` holds a run of another recipe.
             CheckpointError: a checkpoint could not be written or read.
             FloatingPointError: the loss is no number.
-            Terminated: SIGTERM came; everything is saved.
+            Terminated: SIGTERM or Ctrl-C came; everything is saved.
         """
         output = Path(output)
         identity = {**asdict(self.recipe), "seed": self.seed} | ({} if minutes is None else {"minutes": minutes})
@@ -189,7 +189,7 @@ class SceneTraining:
         self.prepare_data(state.step)
         start, cpu_start = time.monotonic() - state.seconds, time.process_time() - state.cpu_seconds
         write_log(folder.path, state.lines)
-        with termination_flag() as stop, tqdm(total=recipe.steps, initial=state.step, disable=not progress_bar) as bar:
+        with stop_signals() as arrived, tqdm(total=recipe.steps, initial=state.step, disable=not progress_bar) as bar:
             # a run that was killed between its last step and its end has only that end before it
             while not state.is_over:
                 elapsed = time.monotonic() - start
@@ -213,11 +213,11 @@ class SceneTraining:
                     state.lines.append(line | self.figures(state.step, state.is_over))
                     state.losses.clear()
                     write_log(folder.path, state.lines)
-                if state.is_over or stop[0] or state.step % recipe.checkpoint_every == 0:
+                if state.is_over or arrived or state.step % recipe.checkpoint_every == 0:
                     state.seconds, state.cpu_seconds = time.monotonic() - start, time.process_time() - cpu_start
                     folder.save(state, **parts)
-                if stop[0] and not state.is_over:
-                    raise Terminated(TERMINATED)
+                if arrived and not state.is_over:
+                    raise Terminated(arrived[0])
         return state
 
     def _step(self, optimizer: torch.optim.Optimizer, step: int) -> float:

@@ -1,30 +1,45 @@
-"""SIGTERM, with which a scheduler asks a run to stop: it saves first."""
+"""SIGTERM, with which a scheduler asks a run to stop, and Ctrl-C: the run saves first."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
-from collections.abc import Iterable
+from collections.abc import Iterator
 from typing import Any
-
-TERMINATED = 128 + signal.SIGTERM
-"""Exit status of a run that was asked to stop by SIGTERM, saved, and can be continued."""
 
 
 class Terminated(SystemExit):
-    """Raised after a checkpoint was written because of SIGTERM."""
+    """Raised after a checkpoint was written because of SIGTERM or SIGINT (Ctrl-C): the run can be continued.
+
+    The exit status is 128 + the signal's number, as shells have it.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(128 + number)
 
 
 @contextlib.contextmanager
-def termination_flag() -> Iterable[list[bool]]:
-    """A one-element list that becomes [True] when SIGTERM arrives; the handler before it is put back at the end."""
-    flag = [False]
+def stop_signals() -> Iterator[list[signal.Signals]]:
+    """A list that each SIGTERM and the first SIGINT (Ctrl-C) are appended to when they arrive.
 
-    def note(signum: int, frame: Any) -> None:
-        flag[0] = True
+    A second SIGINT does what it did before, which is to end the run at once. The handlers are put back at the end.
+    """
+    arrived: list[signal.Signals] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    process = os.getpid()
 
-    before = signal.signal(signal.SIGTERM, note)
+    def note(number: int, frame: Any) -> None:
+        arrived.append(signal.Signals(number))
+        if number == signal.SIGINT:
+            signal.signal(number, before[number])
+            if os.getpid() == process:  # forked workers of data loaders have this handler too
+                os.write(2, b"\nThe run stops after this step and saves; Ctrl-C again ends it at once.\n")
+
+    for number in before:
+        signal.signal(number, note)
     try:
-        yield flag
+        yield arrived
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
