@@ -174,9 +174,10 @@ def render(studies: dict[str, Study], entries: Sequence[Entry]) -> str:
         "<!-- Written by `make readme`; a test compares. -->",
         "Short trainings on synthetic scenes, around small CLIPs that know the words of scenes: what is compared is "
         "the sign, never the size. IoU in percent, means over the seeds, of tier a (trained on), b (CLIP has met the "
-        "names) and c (nobody has), things and stuff. A claim of a paper counts as confirmed or contradicted when the "
-        "mean difference in mIoU over the seeds exceeds the standard deviation of the differences; otherwise there is "
-        "no difference, and with one seed no judgement. `examples/ablations.yaml` has the recipes' changes.",
+        "names) and c (nobody has), things and stuff. A class that is predicted but that no scene shows counts as 0 in "
+        "its tier and in hIoU, and not in mIoU. A claim of a paper counts as confirmed or contradicted when the mean "
+        "difference in mIoU over the seeds exceeds the standard deviation of the differences; otherwise there is no "
+        "difference, and with one seed no judgement. `examples/ablations.yaml` has the recipes' changes.",
     ]
     parts += [_render_study(study, entries, studies) for study in studies.values()]
     return "\n\n".join(parts) + "\n"
