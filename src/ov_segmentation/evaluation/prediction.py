@@ -5,7 +5,7 @@ In full precision also when training is not, as the originals evaluate.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -57,6 +57,7 @@ def evaluate(
     accelerator: Accelerator,
     *,
     averaging: Averaging = "ground_truth",
+    seen: Sequence[int] | None = None,
     num_workers: int = 0,
     progress: Progress = iter,
 ) -> SegmentationScores:
@@ -67,7 +68,7 @@ def evaluate(
         processor: the model's.
         pictures: a split; its vocabulary is what the model is asked for.
         accelerator: pictures are shared between its processes, counts are summed.
-        averaging: see `ov_segmentation.metrics.ConfusionMatrix.compute`.
+        averaging, seen: see `ov_segmentation.metrics.ConfusionMatrix.compute`.
         num_workers: processes that read pictures.
         progress: wraps the loader, for a bar.
     """
@@ -85,4 +86,4 @@ def evaluate(
         maps = processor.post_process_semantic_segmentation(outputs, target_sizes=[tuple(sample.label_map.shape)])
         matrix.update(maps, [sample.label_map])
     model.train(was_training)
-    return matrix.reduce(accelerator).compute(averaging)
+    return matrix.reduce(accelerator).compute(averaging, seen)

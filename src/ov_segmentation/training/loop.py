@@ -82,17 +82,25 @@ class SegmentationRun(TrainingRun):
         return list(self.pictures.data.vocabulary.labels)
 
     def evaluate(self) -> dict[str, Any]:
-        """Mean IoU and its parts on the evaluation split."""
+        """Mean IoU and its parts on the evaluation split; of seen and unseen classes where there are both."""
         scores = evaluate(
             self.model,
             self.processor,
             self.evaluation_pictures,
             self.accelerator,
             averaging=self.recipe.evaluation.averaging,
+            seen=self._seen_classes(),
             num_workers=self.recipe.num_workers,
             progress=self._bar("evaluating"),
         )
         return scores.figures()
+
+    def _seen_classes(self) -> list[int] | None:
+        """Classes of the evaluation that training has by the same name; None: all or none, which is no split."""
+        trained = set(self.class_names_shown())
+        labels = self.evaluation_pictures.data.vocabulary.labels
+        seen = [index for index, label in enumerate(labels) if label in trained]
+        return seen if 0 < len(seen) < len(labels) else None
 
     def _evaluation_pictures(self, data: SegmentationData) -> LabelledPictures | None:
         recipe = self.recipe.evaluation

@@ -178,7 +178,8 @@ class EvaluationRecipe:
         max_samples: only the first so many pictures; None: all.
         averaging: rule of the mean IoU, see `ov_segmentation.metrics.ConfusionMatrix.compute`.
         patience: stop after so many evaluations without a better mean IoU; None: never.
-        data: another data set (and vocabulary) to evaluate on; None: that of training.
+        data: another data set (and vocabulary) to evaluate on; None: that of training. Where training has some of its
+            class names and not all, mean IoU of these seen classes, of the others, and hIoU are reported too.
         at_start: evaluate before the first step too, so that what training gains is known, and a training that gains
             nothing exports what it began with (`export.weights` "best").
     """
