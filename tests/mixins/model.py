@@ -13,7 +13,16 @@ from accelerate import cpu_offload, disk_offload
 from accelerate.hooks import attach_execution_device_hook
 from huggingface_hub.errors import StrictDataclassFieldValidationError
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModel, CLIPConfig, CLIPModel, ConvNextConfig, Trainer, TrainingArguments
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    CLIPConfig,
+    CLIPModel,
+    ConvNextConfig,
+    EvalPrediction,
+    Trainer,
+    TrainingArguments,
+)
 from transformers.modeling_utils import local_torch_dtype
 
 from ov_segmentation import AutoModelForOpenVocabularySegmentation
@@ -648,6 +657,28 @@ class ModelTesterMixin:
         assert any(not torch.equal(value, before[name]) for name, value in model.named_parameters() if name in before)
         assert trainer.evaluate()["eval_pictures"] == 4
         assert all(len(value) == 4 for value in seen[0].predictions)
+
+    @pytest.mark.parametrize("option", [{"batch_eval_metrics": True}, {"eval_do_concat_batches": False}], ids=str)
+    def test_transformers_trainer_with_pictures_of_different_sizes(
+        self, option: dict[str, bool], tmp_path: Path
+    ) -> None:
+        """By default it joins the outputs of all batches, which do not fit."""
+        model, labels = self.model(), []
+
+        def batch(rows: list[int]) -> dict[str, torch.Tensor]:
+            size = self.odd_sizes[rows[0] // 2]
+            wanted = torch.zeros(len(rows), *size, dtype=torch.long)
+            return {**self.training_inputs(model, len(rows)), **self.pictures(len(rows), size), "labels": wanted}
+
+        def metrics(found: EvalPrediction, compute_result: bool = True) -> dict[str, int]:
+            labels.extend(found.label_ids if "eval_do_concat_batches" in option else [found.label_ids])
+            return {"batches": len(labels)}
+
+        shared = {"remove_unused_columns": False, "use_cpu": True, "report_to": [], "disable_tqdm": True}
+        options = TrainingArguments(str(tmp_path), per_device_eval_batch_size=2, **shared, **option)
+        trainer = Trainer(model, options, data_collator=batch, eval_dataset=list(range(4)), compute_metrics=metrics)
+        assert trainer.evaluate()["eval_batches"] == 2
+        assert [tuple(part.shape) for part in labels] == [(2, *size) for size in self.odd_sizes[:2]]
 
     def test_attention_implementations_by_part(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         """A dict says the same at loading and later, and every part goes by its name."""

@@ -499,6 +499,7 @@ class TestPlainCLIP(ModelTesterMixin):
     test_a_loss_is_taken_on_whole_pictures = None
     test_labels_change_no_prediction = None
     test_transformers_trainer = None
+    test_transformers_trainer_with_pictures_of_different_sizes = None
     test_activation_checkpointing_changes_no_gradient = None
     test_frozen_parameters_stay_frozen_after_loading = None
     test_config_refuses_wrong_types = None
