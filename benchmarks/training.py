@@ -137,7 +137,7 @@ def run_loop(values: Mapping[str, Any], output: Path, timer: StepTimer) -> None:
             yield load()
 
     run._batches = timed_batches
-    run.train([False])
+    run.train([])
 
 
 def run_clip(values: Mapping[str, Any], output: Path, timer: StepTimer) -> None:
