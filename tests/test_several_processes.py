@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from ov_segmentation.losses import accumulated_batches
 from ov_segmentation.strict_mapping import RecipeError
 from ov_segmentation.training.sharding import make_shardable, whole_weights
 from ov_segmentation.training.trainable import select_trainable
@@ -36,6 +37,8 @@ def build(method: str, stage: str, trainable: str) -> tuple[torch.nn.Module, dic
     """A model in training mode and a batch whose last picture has no labels at all."""
     case = CASE_OF[method]
     model = case.model(stage).train()
+    if hasattr(model.config, "ignore_as_negative"):
+        model.config.ignore_as_negative = False  # so that the parts of the batch have different normalisers
     torch.manual_seed(1)
     select_trainable(model, trainable)
     with torch.no_grad():
@@ -47,12 +50,24 @@ def build(method: str, stage: str, trainable: str) -> tuple[torch.nn.Module, dic
     return model, inputs
 
 
-def step(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def part(method: str, inputs: dict[str, torch.Tensor], index: int, count: int) -> dict[str, torch.Tensor]:
+    """One of `count` equal parts of a batch."""
+    per_picture = CASE_OF[method].tester().pictures(1).keys() | {"labels", "sample_seeds"}
+    size = len(inputs["labels"]) // count
+    share = slice(index * size, (index + 1) * size)
+    return {name: value[share] if name in per_picture else value for name, value in inputs.items()}
+
+
+def step(model: torch.nn.Module, *micro_batches: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Loss and gradients."""
-    loss = model(**inputs).loss
-    loss.backward()
+    loss = torch.zeros(())
+    with accumulated_batches(micro_batches):
+        for inputs in micro_batches:
+            of_part = model(**inputs).loss / len(micro_batches)
+            of_part.backward()
+            loss += of_part.detach()
     gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    return {"loss": loss.detach(), **gradients}
+    return {"loss": loss, **gradients}
 
 
 def file_name(kind: str, case: tuple[str, str, str]) -> str:
@@ -67,11 +82,11 @@ def work(folder: Path) -> None:
     mesh = init_device_mesh("cpu", (size,))
     for case in CASES:
         model, inputs = build(*case)
-        share = slice(rank * BATCH // size, (rank + 1) * BATCH // size)
-        per_picture = CASE_OF[case[0]].tester().pictures(1).keys() | {"labels", "sample_seeds"}
-        mine = {name: value[share] if name in per_picture else value for name, value in inputs.items()}
+        mine = part(case[0], inputs, rank, size)
         wrapped = DistributedDataParallel(model, find_unused_parameters=True)
         results = {"ddp": step(wrapped, mine)}
+        wrapped.zero_grad()
+        results["accumulated"] = step(wrapped, *(part(case[0], mine, index, 2) for index in range(2)))
         del wrapped  # before its process group, or it hangs
         sharded, _ = build(*case)
         make_shardable(sharded)
@@ -141,6 +156,7 @@ class StepTester:
             expected = step(*build(*case))
             assert any(value.any() for name, value in expected.items() if name != "loss"), case
             assert_close(load_file(of_two_processes / file_name("ddp", case)), expected, 1e-5)
+            assert_close(load_file(of_two_processes / file_name("accumulated", case)), expected, 1e-5)
 
     def test_two_processes_that_share_the_weights_out_equal_one(self, of_two_processes: Path) -> None:
         """FSDP2, the whole model as one unit. Each process evaluates the whole batch, but divides by global sums."""
@@ -150,6 +166,14 @@ class StepTester:
             evaluated = found.pop("evaluated")
             assert_close(found, expected, 1e-5)
             assert evaluated.isfinite() and evaluated > 0
+
+    def test_accumulated_micro_batches_equal_one_batch(self) -> None:
+        """One of them has a picture without labels."""
+        for case in self.cases:
+            model, inputs = build(*case)
+            expected = step(model, inputs)
+            model.zero_grad()
+            assert_close(step(model, *(part(self.method, inputs, index, 2) for index in range(2))), expected, 1e-5)
 
     def test_activations_are_computed_again_and_gradients_are_the_same(self) -> None:
         for case in self.cases:

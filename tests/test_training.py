@@ -416,11 +416,31 @@ def test_a_damaged_checkpoint_is_named(pictures, tmp_path):
         train(recipe, tmp_path / "run")
 
 
+def without_dropout(recipe):
+    """Every process and every micro-batch draws dropout masks of its own."""
+    recipe = copy.deepcopy(recipe)
+    for tower in ("vision_config", "text_config"):
+        recipe["model"]["config"]["clip_config"][tower]["attention_dropout"] = 0.0
+    return recipe
+
+
+def test_micro_batches_give_what_one_batch_gives(tmp_path):
+    """Where annotations are uneven too: one of the pictures has none."""
+    pictures = write_pictures(tmp_path / "pictures", 4)
+    Image.new("L", (48, 40), 255).save(pictures / "annotations/train/2.png")
+    recipe = without_dropout(tiny_recipe(pictures))
+    logs = []
+    for accumulation in (1, 2):
+        changes = {"model": recipe["model"], "accumulation": accumulation}
+        train(brief(pictures, **changes), tmp_path / f"run-{accumulation}")
+        logs.append(read_log(tmp_path / f"run-{accumulation}/log.jsonl")[0])
+    assert {"train/loss", "train/loss_ce", "train/loss_mask", "train/grad_norm"} <= logs[0].keys()
+    assert logs[0] == pytest.approx(logs[1], rel=1e-5)
+
+
 def test_two_processes_give_what_one_gives(pictures, tmp_path):
     changes = {"num_workers": 0, "steps": 3, "log_interval": 1, "accumulation": 1}
-    recipe = copy.deepcopy(tiny_recipe(pictures, **changes))
-    for tower in ("vision_config", "text_config"):  # processes draw dropout masks of their own
-        recipe["model"]["config"]["clip_config"][tower]["attention_dropout"] = 0.0
+    recipe = without_dropout(tiny_recipe(pictures, **changes))
     file = write_recipe(tmp_path / "tiny.yaml", recipe)
     done = launch(file, tmp_path / "two", processes=2)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -7,7 +7,10 @@ OVSeg and DeOP's proposal network the first.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -71,17 +74,42 @@ def masks_from_labels(labels: torch.Tensor) -> list[MaskTargets]:
     return targets
 
 
-def global_mean_of_processes(value: torch.Tensor, least_sum: float = 0.0) -> torch.Tensor:
-    """Mean of a scalar over all processes: the normaliser with which averaged gradients equal those of one process.
+def masks_per_picture(labels: torch.Tensor) -> torch.Tensor:
+    """How many masks, `[B]`, [`masks_from_labels`] makes of each label map."""
+    return torch.stack([(label_map.unique() >= 0).sum() for label_map in labels])
 
-    `least_sum`: of all processes together, so that nothing is divided by zero. A least mean would be another normaliser
-    where there are fewer masks than processes.
+
+_accumulated: ContextVar[Sequence[Mapping[str, torch.Tensor]]] = ContextVar("accumulated", default=())
+
+
+@contextlib.contextmanager
+def accumulated_batches(batches: Sequence[Mapping[str, torch.Tensor]]) -> Iterator[None]:
+    """Within it, losses are normalised over all `batches`, arguments of the model's forward pass: the mean of their
+    gradients is the gradient of one batch with all their pictures."""
+    before = _accumulated.set(batches)
+    try:
+        yield
+    finally:
+        _accumulated.reset(before)
+
+
+def mean_of_step(count: Callable[..., torch.Tensor], least_sum: float = 0.0, **batch: torch.Tensor) -> torch.Tensor:
+    """Mean of a count over all processes and [`accumulated_batches`]: the normaliser with which averaged gradients
+    equal those of one batch on one process.
+
+    Args:
+        count: scalar of the arguments `batch`, of the same names in every batch.
+        least_sum: of all together, so that nothing is divided by zero. A least mean would be another normaliser where
+            there are fewer masks than processes.
+        batch: what is counted in this batch, by the names that it has in the model's forward pass.
     """
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return value.clamp(min=least_sum)
-    total = value.detach().clone()
-    distributed.all_reduce(total)
-    return total.clamp(min=least_sum) / distributed.get_world_size()
+    batches = _accumulated.get() or [batch]
+    counts = [count(**{name: other[name].to(value.device) for name, value in batch.items()}) for other in batches]
+    total, parts = torch.stack(counts).sum().float(), len(batches)
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.all_reduce(total)
+        parts *= distributed.get_world_size()
+    return total.clamp(min=least_sum) / parts
 
 
 def sample_points(maps: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
@@ -136,8 +164,8 @@ class MaskClassificationCriterion:
         oversample_ratio, importance_sample_ratio: candidates per point, and the share of points that are the most
             uncertain candidates; the rest is uniform.
         no_object_weight: class weight of "no object" in the cross entropy.
-        normalise_per_process: divide the cross entropy by the process's own sum of class weights, as the originals do,
-            and not by the global one.
+        normalise_per_process: divide the cross entropy by the sum of class weights of the process's own micro-batch, as
+            the originals do, and not by that of the whole optimizer step.
     """
 
     costs: dict[str, float] = field(default_factory=_no_costs)
@@ -177,14 +205,15 @@ class MaskClassificationCriterion:
         matches: dict[str, list[Match]] | None,
     ) -> dict[str, torch.Tensor]:
         targets = masks_from_labels(labels)
-        num_masks = torch.tensor(float(sum(len(t.classes) for t in targets)), device=labels.device)
-        num_masks = global_mean_of_processes(num_masks, least_sum=1)
+        num_masks = mean_of_step(lambda labels: masks_per_picture(labels).sum(), least_sum=1, labels=labels)
+        sum_weights = functools.partial(self._sum_of_class_weights, num_queries=predictions[0].class_logits.shape[1])
+        sum_of_weights = sum_weights(labels) if self.normalise_per_process else mean_of_step(sum_weights, labels=labels)
         losses = {}
         for prediction in predictions:
             found = matches[prediction.suffix] if matches else self.match(prediction, targets, draws)
             mask, dice = self._mask_terms(prediction, targets, found, draws)
             ce = self._class_term(prediction.class_logits.float(), targets, found)
-            losses[f"loss_ce{prediction.suffix}"] = self.weights["ce"] * ce
+            losses[f"loss_ce{prediction.suffix}"] = self.weights["ce"] * ce / sum_of_weights
             losses[f"loss_mask{prediction.suffix}"] = self.weights["mask"] * mask / num_masks
             losses[f"loss_dice{prediction.suffix}"] = self.weights["dice"] * dice / num_masks
         return losses
@@ -263,9 +292,12 @@ class MaskClassificationCriterion:
             row[match.queries] = target.classes[match.targets]
         class_weights = class_logits.new_ones(no_object + 1)
         class_weights[-1] = self.no_object_weight
-        total = cross_entropy(class_logits.flatten(0, 1), wanted.flatten(), weight=class_weights, reduction="sum")
-        norm = class_weights[wanted].sum()
-        return total / (norm if self.normalise_per_process else global_mean_of_processes(norm))
+        return cross_entropy(class_logits.flatten(0, 1), wanted.flatten(), weight=class_weights, reduction="sum")
+
+    def _sum_of_class_weights(self, labels: torch.Tensor, num_queries: int) -> torch.Tensor:
+        """Over all queries: 1 for each that is matched, and the weight of "no object" for the others."""
+        matched = masks_per_picture(labels).clamp(max=num_queries).sum()
+        return matched + self.no_object_weight * (len(labels) * num_queries - matched)
 
 
 def _draw_for_masks(draws: Draws, name: str, counts: list[int], num_points: int) -> torch.Tensor:
@@ -284,10 +316,11 @@ __all__ = [
     "Match",
     "Prediction",
     "SeededDraws",
+    "accumulated_batches",
     "dice_terms",
     "focal_terms",
-    "global_mean_of_processes",
     "masks_from_labels",
+    "mean_of_step",
     "sample_points",
     "sum_losses",
 ]

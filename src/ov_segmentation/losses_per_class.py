@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from .losses import global_mean_of_processes
+from .losses import mean_of_step
 from .modeling_outputs import OpenVocabularySegmentationOutput
 
 # larger than this, resized logits are made for some classes at a time, and again in the backward pass
@@ -25,9 +25,9 @@ def per_class_cross_entropy(
         ignore_as_negative: an ignored pixel is a negative of every class, as in the originals; False leaves it out.
 
     Returns:
-        a scalar, normalised over the pixels of all processes.
+        a scalar, normalised over the pixels of the whole optimizer step.
     """
-    total, pixels = logits.new_zeros((), dtype=torch.float32), 0
+    total = logits.new_zeros((), dtype=torch.float32)
     for picture, label_map, (height, width) in zip(logits, labels, sizes.tolist(), strict=True):
         wanted = label_map[:height, :width]
         at_once = max(1, ELEMENTS_AT_ONCE // wanted.numel())
@@ -39,9 +39,13 @@ def per_class_cross_entropy(
                 total = total + checkpoint(
                     _summed_cross_entropy, some, wanted, first, ignore_as_negative, use_reentrant=False
                 )
-        pixels = pixels + (wanted.numel() if ignore_as_negative else (wanted >= 0).sum())
-    count = torch.as_tensor(pixels * logits.shape[1], device=logits.device, dtype=torch.float32)
-    return total / global_mean_of_processes(count, least_sum=1)
+
+    def count(labels: torch.Tensor, reshaped_input_sizes: torch.Tensor) -> torch.Tensor:
+        sizes = reshaped_input_sizes.tolist()
+        maps = (label_map[:height, :width] for label_map, (height, width) in zip(labels, sizes, strict=True))
+        return sum(((label_map >= 0) | ignore_as_negative).sum() for label_map in maps) * logits.shape[1]
+
+    return total / mean_of_step(count, least_sum=1, labels=labels, reshaped_input_sizes=sizes)
 
 
 def add_per_class_loss(

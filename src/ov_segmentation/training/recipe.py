@@ -215,8 +215,8 @@ class Recipe:
     Args:
         steps: optimizer steps.
         batch_size: pictures per optimizer step, over all processes and micro-batches.
-        accumulation: micro-batches per optimizer step. The model normalises its loss over a micro-batch (of all
-            processes); the gradient is the mean over the micro-batches, so accumulation is not exactly one big batch.
+        accumulation: micro-batches per optimizer step. Losses are normalised over all of them, so that the gradient is
+            that of one batch; what is drawn for a batch as a whole (SED's training classes, dropout) is drawn for each.
         clip_grad_norm: largest L2 norm of the gradient of all parameters; None: not clipped.
         augmentation: list of `{name: ..., ...}`, see `ov_segmentation.data.augmentation`.
         seed: every random draw follows from it: initial weights, order, augmentation, points in the loss, dropout.

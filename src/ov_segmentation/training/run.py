@@ -25,6 +25,7 @@ from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from .. import ledger
+from ..losses import accumulated_batches
 from ..strict_mapping import RecipeError
 from .building import trainable_parameters
 from .checkpointing import CheckpointStore, TrainingState
@@ -254,10 +255,13 @@ class TrainingRun:
         accelerator, recipe, step = self.accelerator, self.recipe, self.state.step
         set_learning_rates(self.optimizer, learning_rate_factor(recipe.schedule, step, recipe.steps))
         figures: dict[str, torch.Tensor] = {}
-        for micro_batch in range(recipe.accumulation):
-            batch = {key: value.to(accelerator.device) for key, value in next(batches).items()}
+        micro_batches = [
+            {key: value.to(accelerator.device) for key, value in next(batches).items()}
+            for _ in range(recipe.accumulation)
+        ]
+        for micro_batch, batch in enumerate(micro_batches):
             seed_step(recipe.seed, step, micro_batch, accelerator.process_index)
-            with accelerator.accumulate(self.wrapped):
+            with accelerator.accumulate(self.wrapped), accumulated_batches(micro_batches):
                 outputs = self.wrapped(**batch, **self.constants)
                 accelerator.backward(outputs.loss)
                 for name, value in {"loss": outputs.loss, **outputs.loss_dict}.items():

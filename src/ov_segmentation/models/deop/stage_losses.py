@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch.nn.functional import cross_entropy, interpolate, normalize
 from transformers import CLIPModel
 from transformers.image_utils import OPENAI_CLIP_MEAN
 
 from ...layers.clip_vision import embed_patches, run_blocks
-from ...losses import global_mean_of_processes
+from ...losses import mean_of_step
 from ...precision import full_precision
 from .configuration_deop import DeOPConfig
 
@@ -36,13 +38,22 @@ def fused_map_losses(
     # every channel as if it were absent, then the one that is not put right: no one-hot target of the map's size
     present = probability.gather(1, wanted[:, None]).squeeze(1)
     absent = (1 - FOCAL_ALPHA) * (_focal(1 - probability).sum(dim=1) - _focal(1 - present))
-    counted = torch.ones_like(known) if config.ignore_as_no_object else known
+    counted = known | config.ignore_as_no_object
     focal = ((absent + FOCAL_ALPHA * _focal(present)) * counted).sum()
-    count = counted.sum().float() * class_logits.shape[-1]
-    count = count.clamp(min=1) if config.normalise_per_process else global_mean_of_processes(count, least_sum=1)
+
+    def count(labels: torch.Tensor) -> torch.Tensor:
+        return ((labels >= 0) | config.ignore_as_no_object).sum() * class_logits.shape[-1]
+
     predicted = (probability[:, :-1].sum(dim=1) * counted).sum(dim=(1, 2))
     dice = 1 - (2 * (present * known).sum(dim=(1, 2)) + 1) / (predicted + known.sum(dim=(1, 2)) + 1)
-    return {"loss_ce": config.focal_weight * focal / count, "loss_decoder_dice": config.dice_weight * dice.mean()}
+    focal = focal / _normaliser(config, count, labels)
+    return {"loss_ce": config.focal_weight * focal, "loss_decoder_dice": config.dice_weight * dice.mean()}
+
+
+def _normaliser(
+    config: DeOPConfig, count: Callable[[torch.Tensor], torch.Tensor], labels: torch.Tensor
+) -> torch.Tensor:
+    return count(labels).clamp(min=1) if config.normalise_per_process else mean_of_step(count, 1, labels=labels)
 
 
 def _focal(hit: torch.Tensor) -> torch.Tensor:
@@ -80,16 +91,16 @@ def region_classes(labels: torch.Tensor) -> torch.Tensor:
 
 
 def region_losses(
-    config: DeOPConfig, features: torch.Tensor, text_embeds: torch.Tensor, classes: torch.Tensor
+    config: DeOPConfig, features: torch.Tensor, text_embeds: torch.Tensor, labels: torch.Tensor
 ) -> dict[str, torch.Tensor]:
     """Cross entropy of regions over the class names, without "no object" (the first stage).
 
     Args:
         features: `[B, D]`.
-        classes: `[B]`, -100 = none.
+        labels: `[B, H, W]` with at most one class each, see [`region_classes`].
     """
+    classes = region_classes(labels)
     with full_precision(features):
         logits = config.temperature * normalize(features.float(), dim=-1) @ text_embeds.float().T
-    count = (classes >= 0).sum().float()
-    count = count.clamp(min=1) if config.normalise_per_process else global_mean_of_processes(count, least_sum=1)
-    return {"loss_cls": cross_entropy(logits, classes, ignore_index=-100, reduction="sum") / count}
+    total = cross_entropy(logits, classes, ignore_index=-100, reduction="sum")
+    return {"loss_cls": total / _normaliser(config, lambda labels: (region_classes(labels) >= 0).sum(), labels)}

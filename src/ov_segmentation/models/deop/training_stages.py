@@ -10,7 +10,7 @@ import torch
 from ...losses import Prediction, sum_losses
 from ...modeling_outputs import OpenVocabularySegmentationOutput
 from .configuration_deop import DeOPConfig
-from .stage_losses import fill_outside, region_classes, region_features, region_losses
+from .stage_losses import fill_outside, region_features, region_losses
 
 if TYPE_CHECKING:
     from .modeling_deop import DeOPImageState
@@ -75,7 +75,7 @@ class TrainingStagesMixin:
     ) -> OpenVocabularySegmentationOutput:
         """The first training stage: each picture shows one region, the pixels with a label."""
         features = region_features(self.clip, fill_outside(pixel_values, labels))
-        losses = region_losses(self.config, features, text_embeds, region_classes(labels))
+        losses = region_losses(self.config, features, text_embeds, labels)
         return OpenVocabularySegmentationOutput(loss=sum_losses(losses), loss_dict=losses)
 
     def predictions(self, state: DeOPImageState, text_embeds: torch.Tensor) -> list[Prediction]:
