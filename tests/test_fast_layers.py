@@ -136,7 +136,7 @@ def test_tiled_attention(bias_shape: tuple[int, ...] | None, monkeypatch: pytest
     found, eager = attention.tiled_attention(*half), attention.eager_attention(nn.Identity(), *half, 8**-0.5)[0]
     assert found.dtype == torch.bfloat16
     # off by about what eager attention is, whose scores are bfloat16 too
-    assert (found - expected).abs().max() < 2 * (eager.transpose(1, 2) - expected).abs().max()
+    assert (found - expected).abs().mean() < (eager.transpose(1, 2) - expected).abs().mean()
 
 
 @pytest.mark.parametrize("contiguous", [True, False])
