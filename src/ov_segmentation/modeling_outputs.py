@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map
 from transformers.utils import ModelOutput
 
 
@@ -38,22 +40,25 @@ class ImageState(ModelOutput):
     switches: dict[str, Any] | None = None
 
 
-def join_states(states: Sequence[ImageState]) -> ImageState:
-    """The state of several pictures, or views, from the states of each."""
-    return type(states[0])(**{name: _joined([state[name] for state in states]) for name in states[0]})
+def join_states(states: Iterable[ImageState], count: int) -> ImageState:
+    """The state of several pictures, or views, from the states of each.
 
+    Without gradients each is written to its place as it comes, so that nothing is held twice.
 
-def _joined(values: Sequence[Any]) -> Any:
-    """Tensors concatenated, wherever they lie in equal tuples, lists and dicts."""
-    first = values[0]
-    if isinstance(first, torch.Tensor):
-        return torch.cat(list(values))
-    if isinstance(first, Mapping):
-        return {name: _joined([value[name] for value in values]) for name in first}
-    if isinstance(first, (tuple, list)):
-        parts = [_joined(part) for part in zip(*values, strict=True)]
-        return type(first)(*parts) if hasattr(first, "_fields") else type(first)(parts)
-    return first
+    Args:
+        states: of one picture each.
+        count: how many they are.
+    """
+    states = iter(states)
+    first = next(states)
+    # as dicts: fields of a state stand in the order in which they were set
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        whole = tree_map(lambda *rows: torch.cat(rows), dict(first), *map(dict, states))
+    else:
+        whole = tree_map(lambda row: row.new_empty(count, *row.shape[1:]), dict(first))
+        for index, state in enumerate(chain([first], states)):
+            tree_map(lambda rows, row, place=index: rows[place].copy_(row[0]), whole, dict(state))
+    return type(first)(**whole)
 
 
 @dataclass

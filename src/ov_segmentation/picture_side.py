@@ -130,12 +130,11 @@ class PictureSideMixin:
         # given masks of another number are left to the method, which says what is wrong with them
         if not alone or count < 2 or any(len(parts) != count for parts in rows.values()):
             return self._encode_image(pixel_values, **inputs)
-        return join_states(
-            [
-                self._encode_image(picture, **{**inputs, **{name: parts[i] for name, parts in rows.items()}})
-                for i, picture in enumerate(pixel_values.split(1))
-            ]
+        states = (
+            self._encode_image(picture, **{**inputs, **{name: parts[i] for name, parts in rows.items()}})
+            for i, picture in enumerate(pixel_values.split(1))
         )
+        return join_states(states, count)
 
     def _check_state(self, state: ImageState, sizes: dict[str, torch.Tensor | None], switches: dict[str, Any]) -> None:
         """A ValueError for what only pixels could be given, and what the state was made with says otherwise."""

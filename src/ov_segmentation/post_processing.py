@@ -121,7 +121,7 @@ def count_pictures(outputs: OpenVocabularySegmentationOutput) -> tuple[int, int]
         TypeError: something else.
         ValueError: outputs of neither family, or with rows that are not pictures x views.
     """
-    if not isinstance(outputs, OpenVocabularySegmentationOutput):
+    if not hasattr(outputs, "logits"):
         raise TypeError(
             f"outputs must be the OpenVocabularySegmentationOutput that a model returns (without return_dict=False), "
             f"got {type(outputs).__name__}."

@@ -105,15 +105,26 @@ def view_batches(views: Iterable[torch.Tensor], at_once: int | None) -> Iterator
         yield torch.cat(some)
 
 
-def encode_each(encode: Callable[..., ImageState], views: Iterable[torch.Tensor], **options: Any) -> ImageState:
-    """The state of all views, encoded one after the other: memory does not grow with their number, and on a processor
-    one at a time is no slower.
+def encode_each(
+    encode: Callable[..., ImageState],
+    pictures: Sequence[torch.Tensor],
+    canvas_size: tuple[int, int],
+    window: int,
+    stride: int,
+    global_view: bool,
+    **options: Any,
+) -> ImageState:
+    """The state of all views, encoded one after the other: memory grows with what is kept of them alone, and on a
+    processor one at a time is no slower.
 
     Args:
         encode: a model's `_encode_image`.
-        views: `[1, 3, h, w]` each, without padding.
-        options: its keywords, `reshaped_input_sizes` excepted.
+        pictures, canvas_size, window, stride, global_view: see [`cut_views`].
+        options: keywords of `encode`, `reshaped_input_sizes` excepted.
     """
-    return join_states(
-        [encode(view, reshaped_input_sizes=torch.tensor([view.shape[-2:]]), **options) for view in views]
-    )
+    geometry = (canvas_size, window, stride, global_view)
+    boxes, views = view_boxes(*geometry), each_view(pictures, *geometry)
+    states = (encode(view, reshaped_input_sizes=torch.tensor([view.shape[-2:]]), **options) for view in views)
+    state = join_states(states, len(pictures) * len(boxes))
+    state.view_boxes, state.canvas_size = boxes, canvas_size
+    return state

@@ -21,7 +21,7 @@ from ...layers.learned_prompts import LearnedPrompt, LearnedPromptMixin
 from ...layers.maskformer import MaskProposalNetwork, MaskProposals, init_mask_proposal_weights
 from ...layers.picture_stretching import stretch_pictures
 from ...layers.sam_vision_attention import replace_sam_attention
-from ...layers.sliding_window import each_view, encode_each, split_pictures, view_boxes
+from ...layers.sliding_window import encode_each, split_pictures, view_boxes
 from ...layers.sub_models import build_sub_model
 from ...losses import MaskClassificationCriterion, sum_losses
 from ...modeling_base import OpenVocabularySegmentationModel
@@ -230,23 +230,23 @@ class DeOPForOpenVocabularySegmentation(
         output_maps: bool,
     ) -> DeOPImageState:
         """The sliding window's views; given `proposals` have a row for each of them."""
-        boxes, of_views = view_boxes(*geometry), itertools.repeat(proposals)
+        of_views = itertools.repeat(proposals)
         if isinstance(proposals, torch.Tensor):
-            rows = len(pixel_values) * len(boxes)
+            views = len(view_boxes(*geometry))
+            rows = len(pixel_values) * views
             if len(proposals) != rows:
                 raise ValueError(
                     f"proposals must be masks [{rows}, N, h, w], a row for each of {len(pixel_values)} picture(s) x "
-                    f"{len(boxes)} views; got {list(proposals.shape)}."
+                    f"{views} views; got {list(proposals.shape)}."
                 )
             of_views = iter(proposals.split(1))
-        state = encode_each(
+        return encode_each(
             lambda view, **options: self._encode_image(view, proposals=next(of_views), **options),
-            each_view(split_pictures(pixel_values, sizes), *geometry),
+            split_pictures(pixel_values, sizes),
+            *geometry,
             for_training=False,
             output_maps=output_maps,
         )
-        state.view_boxes, state.canvas_size = boxes, geometry[0]
-        return state
 
     def _classify_patches(
         self, state: DeOPImageState, pixel_values: torch.Tensor, sizes: torch.Tensor, output_maps: bool

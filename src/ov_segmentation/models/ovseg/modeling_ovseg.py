@@ -18,7 +18,7 @@ from ...layers.cosine_classifier import cosine_logits
 from ...layers.learned_prompts import LearnedPrompt, LearnedPromptMixin, read_learned_prompt
 from ...layers.mask_prompts import DeepPrompts, MaskPrompts
 from ...layers.maskformer import MaskProposalNetwork, MaskProposals, init_mask_proposal_weights
-from ...layers.sliding_window import each_view, encode_each, split_pictures, view_boxes
+from ...layers.sliding_window import encode_each, split_pictures
 from ...losses import MaskClassificationCriterion, Prediction, sum_losses
 from ...modeling_base import OpenVocabularySegmentationModel
 from ...modeling_outputs import ImageState, OpenVocabularySegmentationOutput
@@ -164,15 +164,14 @@ class OVSegForOpenVocabularySegmentation(MaskedCropsMixin, LearnedPromptMixin, O
         if sliding_window:
             canvas = (config.canvas_pixels, config.canvas_pixels)
             geometry = (canvas, config.window_pixels, config.window_stride, config.global_view)
-            state = encode_each(
+            return encode_each(
                 self._encode_image,
-                each_view(split_pictures(pixel_values, reshaped_input_sizes), *geometry),
+                split_pictures(pixel_values, reshaped_input_sizes),
+                *geometry,
                 for_training=for_training,
                 crop_batch_size=crop_batch_size,
                 ensemble_weight=ensemble_weight,
             )
-            state.view_boxes, state.canvas_size = view_boxes(*geometry), canvas
-            return state
         *auxiliary, last = self.proposal_network(pixel_values, all_layers=for_training)
         state.proposal_embeddings, state.mask_logits = last.embeddings, last.mask_logits
         if for_training:

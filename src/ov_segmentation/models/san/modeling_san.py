@@ -13,7 +13,7 @@ from transformers import initialization as init
 
 from ...layers.clip_vision import embed_patches, run_blocks
 from ...layers.mlp import MLP
-from ...layers.sliding_window import each_view, encode_each, split_pictures, view_boxes
+from ...layers.sliding_window import encode_each, split_pictures
 from ...losses import MaskClassificationCriterion, Prediction, sum_losses
 from ...modeling_base import OpenVocabularySegmentationModel
 from ...modeling_outputs import ImageState, OpenVocabularySegmentationOutput
@@ -137,16 +137,15 @@ class SANForOpenVocabularySegmentation(OpenVocabularySegmentationModel):
         if sliding_window:
             canvas = (config.canvas_pixels, config.canvas_pixels)
             geometry = (canvas, config.window_pixels, config.window_stride, config.global_view)
-            state = encode_each(
+            return encode_each(
                 self._encode_image,
-                each_view(split_pictures(pixel_values, reshaped_input_sizes), *geometry),
+                split_pictures(pixel_values, reshaped_input_sizes),
+                *geometry,
                 for_training=for_training,
                 output_hidden_states=output_hidden_states,
                 output_attentions=output_attentions,
                 output_maps=output_maps,
             )
-            state.view_boxes, state.canvas_size = view_boxes(*geometry), canvas
-            return state
         tokens, clip_grid = embed_patches(self.clip.vision_model, self.clip_input(pixel_values))
         blocks = self.clip.vision_model.encoder.layers
         first = len(blocks) - config.num_recognition_layers
