@@ -136,7 +136,9 @@ def test_tiled_attention(bias_shape: tuple[int, ...] | None, monkeypatch: pytest
     found, eager = attention.tiled_attention(*half), attention.eager_attention(nn.Identity(), *half, 8**-0.5)[0]
     assert found.dtype == torch.bfloat16
     # off by about what eager attention is, whose scores are bfloat16 too
-    assert (found - expected).abs().mean() < (eager.transpose(1, 2) - expected).abs().mean()
+    error, errors_of_eager = (found - expected).abs(), (eager.transpose(1, 2) - expected).abs()
+    assert error.max() < 2 * errors_of_eager.max()
+    assert error.mean() < errors_of_eager.mean()
 
 
 @pytest.mark.parametrize("contiguous", [True, False])

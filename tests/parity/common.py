@@ -103,8 +103,7 @@ def assert_close(found: torch.Tensor, expected: torch.Tensor, tolerance: float, 
     assert found.shape == expected.shape, f"shape {list(found.shape)}, recorded {list(expected.shape)}"
     difference = found.detach().double() - expected.double()
     if relative:
-        # a gradient whose norm is zero but for rounding (of norms around 10) has no digits to compare
-        limit = max(tolerance * expected.double().norm().item(), 3e-6 if expected.numel() == 1 else 0)
+        limit = max(tolerance * expected.double().norm().item(), 1e-6 if expected.numel() == 1 else 0)
         worst = difference.norm().item()
     else:
         limit, worst = tolerance, difference.abs().max().item() if difference.numel() else 0.0

@@ -446,7 +446,11 @@ def test_gradient_norms_and_frozen_parts(folder: Path) -> None:
         covered |= set(targets)
         squares = [0.0 if gradients[t] is None else gradients[t].double().square().sum().item() for t in targets]
         found = torch.tensor([sum(squares)]).sqrt()
-        assert_close(found, torch.tensor([norms[source]]), GRADIENTS, relative=True)
+        if source.endswith("decoder.layers.0.self_attn.in_proj_weight"):
+            # queries start at zero and are equal there: the gradient is rounding, which the order of sums decides
+            assert_close(found, torch.tensor([norms[source]]), 3e-6)
+        else:
+            assert_close(found, torch.tensor([norms[source]]), GRADIENTS, relative=True)
     assert covered == set(gradients)
 
 
