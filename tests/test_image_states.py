@@ -43,3 +43,10 @@ def test_states_are_joined(gradients: bool) -> None:
     assert all(one.equal(other) for one, other in zip(joined.layers, layers, strict=True))
     assert joined.maps["bias"].equal(layers[0])
     assert gradients or max(alive) <= 2
+
+
+@torch.no_grad()
+def test_states_of_different_shapes_are_not_made_to_fit() -> None:
+    states = [TinyState(features=torch.ones(1, number, 4)) for number in (3, 1)]
+    with pytest.raises(ValueError, match=r"different shapes, \[1, 4\] and \[3, 4\]"):
+        join_states(states, 2)

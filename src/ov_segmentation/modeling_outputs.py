@@ -57,8 +57,14 @@ def join_states(states: Iterable[ImageState], count: int) -> ImageState:
     else:
         whole = tree_map(lambda row: row.new_empty(count, *row.shape[1:]), dict(first))
         for index, state in enumerate(chain([first], states)):
-            tree_map(lambda rows, row, place=index: rows[place].copy_(row[0]), whole, dict(state))
+            tree_map(lambda rows, row, place=index: _write_row(rows, place, row), whole, dict(state))
     return type(first)(**whole)
+
+
+def _write_row(rows: torch.Tensor, place: int, row: torch.Tensor) -> None:
+    if row.shape != rows[:1].shape:  # copying would repeat a single one to fit
+        raise ValueError(f"Encoded pictures of different shapes, {list(row.shape[1:])} and {list(rows.shape[1:])}.")
+    rows[place].copy_(row[0])
 
 
 @dataclass
